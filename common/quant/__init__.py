@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fake quantisation: quantisers with their straight-through gradients, and the layers that use them."""
+
+from common.quant.layers import (
+    MixedActivation,
+    MixedQuantConv2d,
+    QuantConv2d,
+    QuantLinear,
+    frozen_ranges,
+    mix,
+    mix_weights,
+    step_parameters,
+)
+from common.quant.quantizers import (
+    ACTIVATION_QUANTIZERS,
+    FLOAT_BITS,
+    GAUSSIAN_STEP,
+    HWGQ_STEP,
+    LOW_BITS,
+    SCHEMES,
+    SUPPORTED_BITS,
+    WEIGHT_QUANTIZERS,
+    ActivationQuantizer,
+    LsqQuantizer,
+    LsqWeightQuantizer,
+    RunningMaximum,
+    WeightQuantizer,
+    check_bits,
+    lsq,
+    quantize_activation,
+    quantize_weight,
+    straight_through,
+)
+
+__all__ = [name for name in dir() if not name.startswith("_")]
