@@ -51,22 +51,20 @@ def gaussian(w: Tensor, bits: int) -> Tensor:
     return straight_through(w, value)
 
 
-def eight_bits_reference(x: Tensor, weight: bool) -> Tensor:
+def eight_bits_reference(x: Tensor) -> Tensor:
     """The reference's 8 bits: range per dim-1 channel of this very tensor; half-wave when nothing is below -0.05."""
     low = x.detach().amin(dim=(0, 2, 3), keepdim=True)
     high = x.detach().amax(dim=(0, 2, 3), keepdim=True)
+    flat = torch.where(x.abs() < TINY, torch.zeros_like(x), x).detach()
     if float(low.min()) >= -0.05:
-        scale = (high - low) / 255
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        top = 255 * scale
-        value = torch.round(x.detach() / scale).clamp(0, 255) * scale
-        mask = (x.detach() >= 0) & (x.detach() <= top)
+        scale = ((high - low) / 255).clamp_min(1e-12)
+        value = torch.round(flat / scale).clamp(0, 255) * scale
+        mask = (flat >= 0) & (flat <= 255 * scale)
     else:
-        scale = 2 * torch.maximum(low.abs(), high.abs()) / 255
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = (2 * torch.maximum(low.abs(), high.abs()) / 255).clamp_min(1e-12)
         value = ((torch.round(x.detach() / scale + 0.5) - 0.5) * scale).clamp(-127 * scale, 127 * scale)
         mask = (x.detach() >= -127 * scale) & (x.detach() <= 127 * scale)
-    return straight_through(x, value, None if weight else mask.to(x.dtype))
+    return straight_through(x, value, mask.to(x.dtype))
 
 
 class MixedConv(nn.Conv2d):
@@ -82,7 +80,7 @@ class MixedConv(nn.Conv2d):
 
     def _activation8(self, x: Tensor) -> Tensor:
         if self.scheme == "reference":
-            return eight_bits_reference(x, weight=False)
+            return eight_bits_reference(x)
         batch = x.detach().amax().clamp_min(0)
         if self.training and self.update_range:
             self.maximum.copy_(batch if self.maximum < 0 else 0.9 * self.maximum + 0.1 * batch)
@@ -94,7 +92,7 @@ class MixedConv(nn.Conv2d):
 
     def _weight8(self, w: Tensor) -> Tensor:
         if self.scheme == "reference":
-            return eight_bits_reference(w, weight=True)
+            return eight_bits_reference(w)
         scale = w.detach().abs().amax(dim=(1, 2, 3), keepdim=True) / 127
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         return straight_through(w, torch.round(w.detach() / scale) * scale)
