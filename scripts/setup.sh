@@ -143,6 +143,8 @@ else
         action=remake why="its Python $version is older than 3.11"
     elif [ "$has_pip" = 0 ]; then
         action=remake why="it is half made"
+    elif [ -e "$VENV/.unusable" ]; then
+        action=remake why="its torch did not import"
     elif [ -n "${PYTHON-}" ] && wanted=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])') && [ "$wanted" != "${version%.*}" ]; then
         action=remake why="PYTHON asks for $wanted, it has ${version%.*}"
     elif [ -f "$VENV/.root" ] && [ "$(<"$VENV/.root")" != "$ROOT" ]; then
@@ -250,7 +252,7 @@ fi
 
 summary=$("$VENV/bin/python" -c 'import sys, torch, torchvision, genotypes
 print("Python %d.%d.%d, torch %s, %s" % (*sys.version_info[:3], torch.__version__, "CUDA" if torch.cuda.is_available() else "no GPU"))') ||
-    die "the environment was made but torch does not import (see above); rm -rf .venv and start again, or name a build: TORCH_SPEC"
+    { touch "$VENV/.unusable"; die "torch and torchvision were installed but do not import together (see above); name a pair that fits: TORCH_SPEC"; }
 version=$("$VENV/bin/python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
 echo "$ROOT" >"$VENV/.root"
 echo "$torch_spec" >"$VENV/.torch-spec"
