@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from common.engine import distributed
 from common.engine.bilevel import ORDERS, InnerGroup, architecture_gradients, inner_groups
+from tests.helpers.fill import fill, fill_logits, oracle_batch, waves
+from tests.helpers.plain_supernet import PlainSupernet
 
 
 class SmoothModel(nn.Module):
@@ -245,3 +247,58 @@ def test_refuses_what_it_cannot_do(setting: dict) -> None:
     setting["inner"] = None
     with pytest.raises(ValueError, match="inner groups"):
         call(setting, "exact")
+
+
+ORACLES = [("darts", "super_darts_forward"), ("pc-darts", "super_pcdarts_forward")]
+
+
+class CrossEntropy(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x), y)
+
+
+def oracle_step(method: str, order: str, momentum_buffers: bool) -> tuple[nn.Module, Tensor]:
+    model = fill_logits(fill(PlainSupernet(method=method)))
+    weights = list(model.weight_parameters())
+    buffers = [0.01 * waves(p.shape, "cos") if momentum_buffers else None for p in weights]
+    objective = CrossEntropy(model)
+    loss = architecture_gradients(
+        arch=list(model.arch_parameters()),
+        train_objective=objective,
+        valid_objective=objective,
+        train_batch=(oracle_batch("cos"), torch.tensor([3, 7, 1, 9])),
+        valid_batch=(oracle_batch("sin"), torch.tensor([0, 2, 4, 6])),
+        inner=[InnerGroup(weights, 0.025, 0.9, 3e-4, buffers)],
+        order=order,
+        side_pass=nullcontext,
+    )
+    return model, loss
+
+
+@pytest.mark.parametrize("method, stem", ORACLES)
+def test_first_order_equals_the_oracle(oracle, method: str, stem: str) -> None:
+    truth = oracle(stem)["results"]
+    model, loss = oracle_step(method, "first", False)
+    assert loss.item() == pytest.approx(truth["val_loss"], abs=1e-8)
+    for parameter, expected in zip(model.arch_parameters(), truth["first_order_arch_grads"], strict=True):
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("momentum", ["momentum0", "momentum_buf"])
+@pytest.mark.parametrize("method, stem", ORACLES)
+def test_finite_difference_equals_the_oracle(oracle, method: str, stem: str, momentum: str) -> None:
+    results = oracle(stem)["results"]
+    truth = results[f"second_order_{momentum}"]
+    model, loss = oracle_step(method, "finite-difference", momentum == "momentum_buf")
+    assert loss.item() == pytest.approx(truth["unrolled_val_loss"], abs=1e-8)
+    arch = list(model.arch_parameters())
+    for parameter, expected in zip(arch, truth["final"], strict=True):
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.optim.Adam(arch, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3, fused=True).step()
+    after = results["alphas_after_one_adam_step_lr3e-4_wd1e-3_betas.5_.999"][f"second_order_{momentum}"]
+    for parameter, expected in zip(arch, after, strict=True):
+        torch.testing.assert_close(parameter.detach(), torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=0)
