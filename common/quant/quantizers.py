@@ -298,7 +298,19 @@ def lsq(x: Tensor, step: Tensor, bottom: int, top: int, gradient_scale: float) -
 
 
 QuantizerFactory = Callable[..., nn.Module]
-ACTIVATION_QUANTIZERS: dict[str, QuantizerFactory] = {"hwgq": ActivationQuantizer, "lsq": LsqQuantizer}
+
+
+
+def _signed_at_8(bits: int, *, scheme: str = "default", signed: bool = False) -> ActivationQuantizer:
+    """HWGQ at 1 to 4 bits; at 8 bits the negatives are kept, as the reference does."""
+    return ActivationQuantizer(bits, scheme=scheme, signed=signed or bits == 8)
+
+
+ACTIVATION_QUANTIZERS: dict[str, QuantizerFactory] = {
+    "hwgq": ActivationQuantizer,
+    "hwgq-signed8": _signed_at_8,
+    "lsq": LsqQuantizer,
+}
 WEIGHT_QUANTIZERS: dict[str, QuantizerFactory] = {"gaussian": WeightQuantizer, "lsq": LsqWeightQuantizer}
 
 
