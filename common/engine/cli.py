@@ -77,7 +77,7 @@ class _Group:
     def value(self, names: str, kind: Kind, default: Any, metavar: str, help: str, **more: Any) -> None:
         self.group.add_argument(*names.split(), type=kind, default=default, metavar=metavar, help=help, **more)
 
-    def choice(self, names: str, options: str, default: str, help: str) -> None:
+    def choice(self, names: str, options: str, default: str | None, help: str) -> None:
         kind = choice(*options.split("|"))
         self.group.add_argument(*names.split(), type=kind, default=default, metavar=options, help=help)
 
@@ -147,8 +147,10 @@ def add_quantization_flags(parser: Parser, stage: str) -> None:
     add.switch("--signed-activations", False, "no ReLU before activation quantisers")
     add.value("--stem-bits", bits, 32, "B", "bits of the stem")
     add.value("--classifier-bits", bits, 32, "B", "bits of the classifier")
-    if _is_search(stage):
-        add.choice("--bit-mapping", "relative|paper", "relative", "how the searched cells' bits spread over more cells")
+    mapping = "how the searched cells' bits spread over more cells" + (
+        "" if _is_search(stage) else " (default: as the architecture says)"
+    )
+    add.choice("--bit-mapping", "relative|paper", "relative" if _is_search(stage) else None, mapping)
 
 
 def add_search_flags(parser: Parser) -> None:
