@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small files that a crash cannot tear: written aside, synced, renamed; and JSON read as data with limits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"  # the prefix of everything unfinished; nobody reads such a name
+MAX_JSON_BYTES = 16 * 2**20
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the folder's entries (a rename, a new file) durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and wait until the disk has it. Not atomic: for files inside a folder that is renamed later."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Replace `path` by `data` atomically: readers see the old file or the new one, also after a power cut.
+
+    Raises OSError, with the path in its message, when the disk refuses; the old file is whole and no debris stays.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        aside.unlink(missing_ok=True)
+        write_synced(aside, data)
+        os.replace(aside, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def plain(value: Any, name: str = "value") -> Any:
+    """The same value in JSON's types: tuples become lists, paths strings, non-finite floats None.
+
+    Raises ValueError that names the entry when something else is found (a tensor, an object).
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # JSON has no NaN; strict readers would refuse the file
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    raise ValueError(f"{name}: {type(value).__name__} cannot be written as JSON; give numbers, strings, lists, dicts")
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write `value` (through `plain`) as indented JSON, atomically. Raises OSError, ValueError."""
+    text = json.dumps(plain(value, Path(path).name), indent=1, allow_nan=False)
+    return write_bytes(path, text.encode() + b"\n")
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file as data. Raises ValueError naming the file: missing, too large, too deep or not JSON."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > limit:
+            raise ValueError(f"{path}: {path.stat().st_size:,} bytes of JSON; at most {limit:,} are read")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except RecursionError:
+        raise ValueError(f"{path}: JSON nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
