@@ -58,7 +58,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `status`: ok, missing (the core cannot work without it) or optional (a feature is off)."""
+    """One line of the report. `status`: ok, missing (the core needs it) or optional (a feature is off)."""
 
     group: str
     name: str
