@@ -337,7 +337,9 @@ class PlainSupernet(nn.Module):
                 nn.Conv2d(c // 2, c, 3, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(c),
             )
-            self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c))
+            self.stem1 = nn.Sequential(
+                nn.ReLU(), nn.Conv2d(c, c, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c)
+            )
         self.cells = nn.ModuleList()
         after = stem == "imagenet"
         for i in range(layers):

@@ -94,7 +94,9 @@ def test_stacked_forms_equal_one_by_one(scheme: str) -> None:
     bits, groups, channels = (1, 2, 3, 4, 8, 32), 3, 4
     probabilities = normal(groups, len(bits), seed=5).softmax(-1)
     stacked = quant.MixedActivation(bits, groups=groups, scheme=scheme).double()
-    x = normal(2, groups * channels, 6, 6) * torch.arange(1, 1 + groups * channels, dtype=torch.float64).view(1, -1, 1, 1)
+    x = normal(2, groups * channels, 6, 6) * torch.arange(1, 1 + groups * channels, dtype=torch.float64).view(
+        1, -1, 1, 1
+    )
     for step in range(2):
         x = x * (1 + step)
         whole = stacked(x, probabilities)

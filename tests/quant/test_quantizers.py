@@ -127,7 +127,12 @@ def test_signed_activation_is_symmetric() -> None:
 def test_degenerate_tensors_stay_finite(bits: int, reference: bool, dtype: torch.dtype) -> None:
     """All-zero and constant tensors, one-element weights: no NaN in values or gradients (reference.md 1.5, 8 and 14)."""
     w_scheme, a_scheme = ("reference", "reference") if reference else ("gaussian", "hwgq")
-    for x in (torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.7), torch.full((1, 1, 1, 1), -0.3), torch.zeros(1, 1, 1, 1)):
+    for x in (
+        torch.zeros(2, 3, 4, 4),
+        torch.full((2, 3, 4, 4), 0.7),
+        torch.full((1, 1, 1, 1), -0.3),
+        torch.zeros(1, 1, 1, 1),
+    ):
         for function in (
             lambda v: quant.quantize_activation(v, bits, a_scheme),
             lambda v: quant.quantize_weight(v, bits, w_scheme),
