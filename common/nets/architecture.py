@@ -309,13 +309,18 @@ def _from_json(data: Any) -> Architecture:  # noqa: ANN401
 def load_architecture(name_or_path: str | Path) -> Architecture:
     """Resolve a genotype's name, an architecture.json, or a run folder that holds one.
 
-    A path that exists wins over a name. Raises ValueError that names the file and field, or the nearest names.
+    A path that exists wins over a name, but a folder without an architecture.json does not hide one (the project's
+    own `darts/`). Raises ValueError that names the file and field, or the nearest names.
     """
     path = Path(name_or_path)
-    if path.is_dir():
-        path = path / "architecture.json"
-        if not path.is_file():
-            raise ValueError(f"{name_or_path}: this folder holds no architecture.json; name a search's run folder")
+    if path.is_dir() and not (path / "architecture.json").is_file():
+        try:
+            canonical, genotype = lookup(str(name_or_path))
+        except ValueError:
+            message = f"{name_or_path}: this folder holds no architecture.json; name a search's run folder"
+            raise ValueError(message) from None
+        return Architecture(genotype, name=canonical)
+    path = path / "architecture.json" if path.is_dir() else path
     if path.is_file():
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for an architecture")
