@@ -230,7 +230,9 @@ pip_install() {
 rm -f "$VENV"/.digest-core  # a stop from here on leaves an environment that the next start repairs
 requirements=(-r "$ROOT/requirements.txt")
 for extra in ${extras[@]+"${extras[@]}"}; do requirements+=(-r "$ROOT/requirements-$extra.txt"); done
-say "installing: requirements.txt${extras[*]:+ and ${extras[*]}} (the first time, torch's download takes minutes)"
+patience=''
+if [ "$action" != update ] && [ "$torch" = - ]; then patience=" (torch's download takes minutes)"; fi
+say "installing: requirements.txt${extras[*]:+ and the extras ${extras[*]}}$patience"
 # shellcheck disable=SC2086  # several words on purpose
 if [ -n "$torch_spec" ]; then pip_install $torch_spec; fi
 pip_install "${requirements[@]}" "setuptools>=77"

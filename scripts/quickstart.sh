@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# The main job on real images, from nothing: installs what is needed, searches an architecture together with its
+# bit-widths on scikit-learn's handwritten digits, trains it, trains PC-DARTS at 32, 2 and 4 bits beside it, and prints
+# one table. Minutes on 2 CPU cores; no download but the packages.
+#
+#   bash scripts/quickstart.sh [--seed N] [--out DIR] [--size quickstart|smoke]
+#
+#   --seed N      seed of everything random (default 0)
+#   --out DIR     where the runs go (default runs/quickstart; this seed's go to DIR/sN)
+#   --size smoke  a few steps only, in seconds: shows that every step runs, its figures mean nothing
+#
+# A quickstart that was stopped goes on where it was when the same command is given again.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+seed=0
+out=$ROOT/runs/quickstart
+size=quickstart
+
+fail() { printf 'quickstart: %s\n' "$*" >&2; exit 2; }
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) sed -n '4,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        --seed | --out | --size)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            case $1 in
+                --seed) seed=$2 ;;
+                --out) case $2 in /*) out=$2 ;; *) out=$PWD/$2 ;; esac ;;
+                --size) size=$2 ;;
+            esac
+            shift 2 ;;
+        *) fail "unknown argument '$1'; see --help" ;;
+    esac
+done
+[[ $seed =~ ^[0-9]+$ ]] || fail "--seed: '$seed' is no whole number from 0 up"
+[ "$size" = quickstart ] || [ "$size" = smoke ] || fail "--size: '$size' is neither quickstart nor smoke"
+
+bash "$ROOT/scripts/setup.sh"
+
+# From here on `python` is the project's own, and paths are relative to its root.
+cd "$ROOT"
+export PATH=$ROOT/.venv/bin:$PATH
+out=${out#"$ROOT"/}/s$seed
+mkdir -p "$out"
+
+step() { printf '\n[%s/6] %s   (%d:%02d since the start)\n' "$1" "$2" $((SECONDS / 60)) $((SECONDS % 60)); }
+run() { printf '$ %s\n' "$*"; "$@"; }
+# One value of the training preset: its sizes stand there and nowhere else.
+preset() { python qdarts/train.py --preset "$size" --print-config | awk -v key="$1" '$1 == key {print $2}'; }
+
+if [ "$size" = smoke ]; then length="under a minute or two; the figures mean nothing"; else length="about 5 to 8 minutes on 2 CPU cores"; fi
+cat <<TEXT
+
+Quickstart, seed $seed: one search and four trainings on handwritten digits (1437 to learn from, 360 to test with),
+$length. Every step shows its own remaining time; stop it at any time,
+the same command goes on. Everything is kept in $out
+  1 search cells and bit-widths together, within 10% of the BitOps of the 2-bit PC-DARTS network
+  2 train what was found          3-5 train PC-DARTS at 32, 2 and 4 bits, same size          6 table and drawing
+TEXT
+SECONDS=0
+
+step 1 "search"
+target=$(python -m common.cost PC_DARTS --dataset digits --init-channels "$(preset init_channels)" --layers "$(preset layers)" \
+    --wbits 2 --abits 2 --json | python -c 'import json, sys; print(int(json.load(sys.stdin)["bitops"]))')
+echo "target: $target BitOps, those of PC-DARTS at 2 bits"
+run python qdarts/search.py --preset "$size" --seed "$seed" --target-bitops "$target" --save "$out/search" --resume auto
+
+step 2 "train what was found"
+run python qdarts/train.py --preset "$size" --seed "$seed" --arch "$out/search" --save "$out/found" --resume auto
+
+step 3 "train PC-DARTS in full precision"
+run python qdarts/train.py --preset "$size" --seed "$seed" --arch PC_DARTS --save "$out/pcdarts-fp32" --resume auto
+
+step 4 "train PC-DARTS at 2 bits"
+run python qdarts/train.py --preset "$size" --seed "$seed" --arch PC_DARTS --wbits 2 --abits 2 --save "$out/pcdarts-2bit" --resume auto
+
+step 5 "train PC-DARTS at 4 bits"
+run python qdarts/train.py --preset "$size" --seed "$seed" --arch PC_DARTS --wbits 4 --abits 4 --save "$out/pcdarts-4bit" --resume auto
+
+step 6 "table and drawing"
+run python visualize.py "$out/search"
+run python report.py "$out/found" "$out/pcdarts-fp32" "$out/pcdarts-2bit" "$out/pcdarts-4bit" >"$out/table.md"
+echo
+cat "$out/table.md"
+printf '\nDone in %d:%02d. This table: %s/table.md; the drawing of the cells and all runs: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$out" "$out"
