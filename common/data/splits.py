@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting a training set in two: disjoint, exhaustive, every class in its share, a function of labels and seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.data._seeds import generator
+
+
+def split_search(labels: Tensor, portion: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(train indices, validation indices) of a search: floor(portion x N) images train weights, the rest alphas.
+
+    labels: int64 [N]. Both results are sorted int64 tensors on the CPU. DARTS (arXiv 1806.09055) cuts a training set
+    in halves the same way; here each class is cut by the same share. Raises ValueError (--train-portion) when a part
+    would be empty.
+    """
+    count = int(portion * len(labels) + 1e-9) if 0 < portion < 1 else 0
+    if not 0 < count < len(labels):
+        raise ValueError(
+            f"--train-portion {portion}: must leave images on both sides of the split of {len(labels)}; "
+            "give a share between 0 and 1, such as 0.5"
+        )
+    return _cut(labels, count, seed, "search")
+
+
+def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(kept indices, held-out indices): round(fraction x N) images, the same share of each class, are held out.
+
+    labels: int64 [N]. Both results are sorted int64 tensors on the CPU. Raises ValueError when a part would be empty.
+    """
+    count = round(fraction * len(labels)) if 0 < fraction < 1 else 0
+    if not 0 < count < len(labels):
+        raise ValueError(
+            f"held-out fraction {fraction} (--select val): must leave images on both sides of the split of "
+            f"{len(labels)}; give a share between 0 and 1, such as 0.1"
+        )
+    held, kept = _cut(labels, count, seed, "hold-out")
+    return kept, held
+
+
+def stratified(labels: Tensor, count: int, order: Tensor) -> Tensor:
+    """A boolean mask [N] of `count` chosen images, each class in proportion, the first of each class in `order`.
+
+    Quotas are rounded by largest remainder (ties: the lower class first), so that they add up to `count` exactly.
+    """
+    sizes = torch.bincount(labels)
+    total = len(labels)
+    quotas = [size * count // total for size in sizes.tolist()]
+    remainders = sorted(range(len(sizes)), key=lambda c: (-(int(sizes[c]) * count % total), c))
+    for label in remainders[: count - sum(quotas)]:
+        quotas[label] += 1
+    # A stable sort by class keeps `order` within each class; an image's rank is its distance from the class's start.
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    starts = torch.cumsum(sizes, 0) - sizes
+    ranks = torch.arange(total) - starts[labels[by_class]]
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[by_class] = ranks < torch.tensor(quotas)[labels[by_class]]
+    return chosen
+
+
+def _cut(labels: Tensor, count: int, seed: int, purpose: str) -> tuple[Tensor, Tensor]:
+    labels = labels.cpu()
+    order = torch.randperm(len(labels), generator=generator(seed, "split", purpose))
+    chosen = stratified(labels, count, order)
+    return chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches from resident images: training streams whose every batch is a function of its address, and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.data._seeds import generator
+from common.data.augment import Normalizer, crop_flip, cutout_
+from common.data.images import DatasetInfo, Split
+
+
+class _Plan(NamedTuple):
+    """All random numbers of one epoch, on the device: one entry per position in the epoch's order."""
+
+    order: Tensor
+    top: Tensor
+    left: Tensor
+    flip: Tensor | None
+    cut_y: Tensor | None
+    cut_x: Tensor | None
+
+
+class Stream:
+    """An endless stream of shuffled, augmented, normalised batches.
+
+    `batch(epoch, step)` is a pure function of (seed, name, epoch, step): it can be asked in any order, in any process
+    and after any restart, with any number of threads, on CPU or GPU, and picks and augments the same images. Draws are
+    made on the CPU once per epoch and moved to the device together, so that a step costs no transfer and no wait.
+    `notes` holds what its user should be told.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        info: DatasetInfo,
+        *,
+        indices: Tensor | None = None,
+        batch_size: int,
+        seed: int,
+        name: str,
+        augment: bool,
+        cutout: int | None = None,
+        drop_last: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """indices: int64, the part of `split` to draw from (None: all). augment: pad-crop and mirror as `info` says.
+
+        cutout: side of the square, in pixels (None or 0: off), also without `augment`. drop_last: leave out the last
+        incomplete batch of an epoch (another one each epoch, since the order changes); fewer images than one batch
+        then fill it by starting over. Raises ValueError for a batch size or cutout below its least value.
+        """
+        if batch_size < 1:
+            raise ValueError(f"--batch-size {batch_size}: must be at least 1")
+        if cutout is not None and cutout < 0:
+            raise ValueError(f"--cutout-length {cutout}: must be 0 (off) or more pixels")
+        self._split, self._info, self._device = split.to(device), info, device
+        self._indices = torch.arange(len(split)) if indices is None else indices.cpu()
+        if len(self._indices) == 0:
+            raise ValueError(f"the {name} stream has no images: give another split (--train-portion)")
+        self._batch_size, self._seed, self._name = batch_size, seed, name
+        self._augment, self._cutout = augment, cutout or 0
+        self._normalize = Normalizer(info.mean, info.std, device)
+        self._cached: tuple[int, _Plan] | None = None
+        count = len(self._indices)
+        short = drop_last and count < batch_size
+        self._length = batch_size if short else count // batch_size * batch_size if drop_last else count
+        self.steps_per_epoch: int = -(-self._length // batch_size)
+        self.notes: tuple[str, ...] = ()
+        if short:
+            self.notes = (
+                f"the {name} stream has {count} images, fewer than one batch of {batch_size}: it wraps around",
+            )
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Batch `step` (0 .. steps_per_epoch - 1) of `epoch`: x float32 [B, C, H, W] normalised, y int64 [B].
+
+        Raises IndexError for a step outside the epoch.
+        """
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} of the {self._name} stream, which has {self.steps_per_epoch} per epoch")
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = (epoch, self._draw(epoch))
+        start = step * self._batch_size
+        here = slice(start, min(start + self._batch_size, self._length))
+        order, top, left, flip, cut_y, cut_x = (None if t is None else t[here] for t in self._cached[1])
+        assert order is not None and top is not None and left is not None
+        images = self._split.images.index_select(0, order)
+        if self._augment:
+            images = crop_flip(images, self._info.pad, top, left, flip)
+        x = self._normalize(images)
+        if cut_y is not None and cut_x is not None:
+            cutout_(x, self._cutout, cut_y, cut_x)
+        return x, self._split.labels.index_select(0, order)
+
+    def _draw(self, epoch: int) -> _Plan:
+        # One generator per purpose: turning one augmentation on or off leaves the order and the others as they were.
+        def random(purpose: str, high: int) -> Tensor:
+            source = generator(self._seed, "stream", self._name, epoch, purpose)
+            return torch.randint(high, (self._length,), generator=source).to(self._device)
+
+        source = generator(self._seed, "stream", self._name, epoch, "order")
+        count = len(self._indices)
+        rounds = [torch.randperm(count, generator=source) for _ in range(-(-self._length // count))]
+        order = self._indices[torch.cat(rounds)[: self._length]].to(self._device)
+        size, shifts = self._info.image_size, 2 * self._info.pad + 1
+        return _Plan(
+            order=order,
+            top=random("top", shifts),
+            left=random("left", shifts),
+            flip=random("flip", 2).bool() if self._info.flip else None,
+            cut_y=random("cutout y", size) if self._cutout else None,
+            cut_x=random("cutout x", size) if self._cutout else None,
+        )
+
+
+def evaluation_batches(
+    split: Split,
+    info: DatasetInfo,
+    batch_size: int,
+    device: torch.device | str,
+    *,
+    indices: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, in order, normalised and nothing else; the last batch may be smaller.
+
+    Yields x float32 [B, C, H, W] and y int64 [B] on `device`. indices: int64, the part to go through (None: all).
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: must be at least 1")
+    normalize = Normalizer(info.mean, info.std, device)
+    order = None if indices is None else indices.to(split.images.device)
+    for start in range(0, len(split) if order is None else len(order), batch_size):
+        here: slice | Tensor = slice(start, start + batch_size)
+        if order is not None:
+            here = order[here]
+        yield normalize(split.images[here].to(device)), split.labels[here].to(device)
