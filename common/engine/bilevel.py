@@ -164,9 +164,7 @@ def _finite_difference(
     arch: list[nn.Parameter], step: _InnerStep, train_batch: Batch, valid_batch: Batch
 ) -> tuple[Tensor, list[Tensor | None]]:
     """DARTS: two more alpha gradients of the training loss at w +- R u, u = the scaled validation gradient."""
-    gradients = list(
-        torch.autograd.grad(step.train_objective(*train_batch), step.parameters, allow_unused=True)
-    )
+    gradients = list(torch.autograd.grad(step.train_objective(*train_batch), step.parameters, allow_unused=True))
     _average(gradients)
     with step.at(step.ahead(gradients)):
         loss, d_arch, v = _both(step.valid_objective(*valid_batch), arch, step.parameters)

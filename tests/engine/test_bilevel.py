@@ -164,7 +164,9 @@ def test_touches_nothing_but_the_architecture_gradients(setting: dict, order: st
     buffers = [b.clone() for group in setting["inner"] for b in group.buffers]
     call(setting, order)
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
-    assert all(torch.equal(a, b) for a, b in zip(buffers, [b for g in setting["inner"] for b in g.buffers], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(buffers, [b for g in setting["inner"] for b in g.buffers], strict=True)
+    )
     assert torch.equal(model.w1.grad, torch.full_like(model.w1, 7.0))
     assert model.w2.grad is None and model.gamma.grad is None and model.unused.grad is None
     assert model.idle.grad is None and all(p.requires_grad for p in model.parameters())

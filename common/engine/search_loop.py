@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop of every differentiable search: an architecture step, then a weight step, for some epochs.
+
+It runs any module that offers ``weight_parameters()``, ``arch_parameters()`` and ``genotype()``; ``gamma_parameters()``
+(bit logits, trained by a second SGD) and ``side_pass()`` (forwards that leave running ranges alone) are optional. It
+knows neither data sets nor costs: batches come from streams, cost terms and their controller are arguments.
+
+Within a step nothing is read back from the device. A non-finite loss or gradient masks every update from then on, on
+the device; the loop sees it at the next log point, goes back to the last good state, saves it and stops.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common.engine import distributed
+from common.engine.bilevel import ORDERS, Batch, architecture_gradients, inner_groups
+from common.engine.guard import FiniteGuard, NonFiniteError, prepare_adam, prepare_sgd
+from common.engine.progress import Eta, progress, say
+from common.engine.seeding import rng_state, set_rng_state
+
+GAMMA_LEVELS = ("lower", "upper")
+
+Term = Callable[[nn.Module], Tensor]
+
+
+class Stream(Protocol):
+    """Batches as a pure function of their position."""
+
+    steps_per_epoch: int
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """``(x, y)`` on the device."""
+        ...
+
+
+class RunLike(Protocol):
+    """What the loop needs of a run folder (``common.engine.run.Run``)."""
+
+    checkpoints: Any
+
+    def log(self, text: str) -> None: ...
+
+    def resume_state(self) -> tuple[dict[str, Any], dict[str, Any]] | None: ...
+
+
+@dataclass(kw_only=True)
+class SearchSettings:
+    """Numbers of one search. The defaults are those of PC-DARTS and of NablaQDARTS on CIFAR-10.
+
+    ``learning_rate`` anneals by a cosine per epoch towards ``learning_rate_min``, which no epoch reaches: epoch e of E
+    uses cos(pi e / E). ``warmup_epochs`` epochs before that rise linearly. ``arch_begin_epoch`` epochs leave alphas and
+    betas alone. Gammas move with the weights (``gamma_level="lower"``, SGD of their own) or with the alphas
+    (``"upper"``: Adam at the architecture's learning rate). ``gamma_annealed=False`` keeps their rate constant: a
+    controller of the cost needs its authority to the last step.
+    """
+
+    epochs: int
+    steps_per_epoch: int | None = None
+    learning_rate: float = 0.1
+    learning_rate_min: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    grad_clip: float = 5.0
+    warmup_epochs: int = 0
+    arch_learning_rate: float = 6e-4
+    arch_weight_decay: float = 1e-3
+    arch_betas: tuple[float, float] = (0.5, 0.999)
+    arch_begin_epoch: int = 15
+    gamma_learning_rate: float = 0.01
+    gamma_momentum: float = 0.9
+    gamma_weight_decay: float = 1e-3
+    gamma_level: str = "lower"
+    gamma_annealed: bool = True
+    order: str = "first"
+    precision: str = "fp32"
+    log_every: int = 50
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.epochs < 1:
+            problems.append(f"epochs {self.epochs}: at least 1 is needed")
+        if self.order not in ORDERS:
+            problems.append(f"order {self.order!r}: choose one of {', '.join(ORDERS)}")
+        if self.gamma_level not in GAMMA_LEVELS:
+            problems.append(f"gamma level {self.gamma_level!r}: choose one of {', '.join(GAMMA_LEVELS)}")
+        if self.order != "first" and not self.learning_rate > 0:
+            problems.append(f"learning rate {self.learning_rate}: the second order needs one above 0")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                problems.append(f"{entry.name} {value}: must be finite and not negative")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass
+class SearchOutcome:
+    """What a search ends with: ``genotype`` as the model gives it, the last epoch's figures, steps of the whole run."""
+
+    genotype: Any
+    epochs: int
+    steps: int
+    summary: dict[str, float]
+
+
+class Objective(nn.Module):
+    """``forward(x, y) -> scalar``: criterion plus cost term. Keeps the last logits and the bare criterion, detached."""
+
+    def __init__(
+        self, model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], term: Term | None, precision: str
+    ):
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+        self.term = term
+        self.precision = precision
+        self.logits: Tensor | None = None
+        self.loss: Tensor | None = None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The objective of one batch."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(x)
+        if self.precision == "bf16":
+            logits = logits.float()
+        loss = self.criterion(logits, y)
+        self.logits, self.loss = logits.detach(), loss.detach()
+        return loss if self.term is None else loss + self.term(self.model)
+
+
+class SearchLoop:
+    """State and steps of one search; :func:`search` is the usual entrance.
+
+    ``epoch`` and ``step`` name the next step to be done, so a state saved at any step boundary says all about the
+    position in the data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        train_stream: Stream,
+        valid_stream: Stream,
+        settings: SearchSettings,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        weight_term: Term | None = None,
+        arch_term: Term | None = None,
+        controller: nn.Module | None = None,
+    ) -> None:
+        self.model, self.settings, self.controller = model, settings, controller
+        self.train_stream, self.valid_stream = train_stream, valid_stream
+        self.steps = min(train_stream.steps_per_epoch, settings.steps_per_epoch or train_stream.steps_per_epoch)
+        if self.steps < 1 or valid_stream.steps_per_epoch < 1:
+            raise ValueError(
+                "--batch-size: one part of the training set has fewer images than one batch; give a smaller batch"
+            )
+        self.train_objective = Objective(model, criterion, weight_term, settings.precision)
+        self.valid_objective = Objective(model, criterion, arch_term, settings.precision)
+        self._make_optimizers()
+        self.device = self.weights[0].device
+        self.epoch = self.step = 0
+        self.summary: dict[str, float] = {}
+        # Sums of this epoch's training: loss, correct, images.
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.guard = FiniteGuard(self.device)
+        self.guard.protect(self._unmasked_state, *self.optimizers.values())
+
+    def _make_optimizers(self) -> None:
+        s = self.settings
+        self.weights = list(self.model.weight_parameters())
+        self.arch = list(self.model.arch_parameters())
+        gammas = list(getattr(self.model, "gamma_parameters", list)())
+        _assert_partition(self.model, self.weights, self.arch, gammas)
+        upper = gammas if s.gamma_level == "upper" else []
+        self.gammas = [] if upper else gammas
+        rates = {"momentum": s.momentum, "weight_decay": s.weight_decay}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "weights": prepare_sgd(torch.optim.SGD(self.weights, lr=s.learning_rate, fused=True, **rates))
+        }
+        if self.gammas:
+            rates = {"momentum": s.gamma_momentum, "weight_decay": s.gamma_weight_decay}
+            self.optimizers["gammas"] = prepare_sgd(
+                torch.optim.SGD(self.gammas, lr=s.gamma_learning_rate, fused=True, **rates)
+            )
+        groups: list[dict[str, Any]] = [{"params": self.arch, "weight_decay": s.arch_weight_decay}]
+        if upper:
+            groups.append({"params": upper, "weight_decay": s.gamma_weight_decay})
+        self.arch = self.arch + upper
+        adam = torch.optim.Adam(groups, lr=s.arch_learning_rate, betas=s.arch_betas, fused=True)
+        self.optimizers["arch"] = prepare_adam(adam)
+        self.side_pass: Callable[[], AbstractContextManager[object]] = getattr(self.model, "side_pass", nullcontext)
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    @property
+    def global_step(self) -> int:
+        """Steps done since the search began."""
+        return self.epoch * self.steps + self.step
+
+    def architecture_moves(self) -> bool:
+        """Whether this epoch takes architecture steps."""
+        return self.epoch >= self.settings.arch_begin_epoch
+
+    def start_epoch(self) -> None:
+        """Set the learning rates that this epoch really uses."""
+        s = self.settings
+        falling = 0.5 * (1 + math.cos(math.pi * self.epoch / s.epochs))
+        rate = s.learning_rate_min + (s.learning_rate - s.learning_rate_min) * falling
+        if self.epoch < s.warmup_epochs:
+            rate = s.learning_rate * (self.epoch + 1) / s.warmup_epochs
+        self.optimizers["weights"].param_groups[0]["lr"] = rate
+        if "gammas" in self.optimizers:
+            gamma_rate = s.gamma_learning_rate * (falling if s.gamma_annealed else 1.0)
+            self.optimizers["gammas"].param_groups[0]["lr"] = gamma_rate
+
+    def one_step(self) -> None:
+        """Architecture step (once its epoch has come), then weight step, on this position's batches."""
+        batch = self.train_stream.batch(self.epoch, self.step)
+        if self.architecture_moves():
+            self.architecture_step(batch)
+        self.weight_step(batch)
+        if self.controller is not None:
+            self.controller.update(self.model, self.architecture_moves())
+        self.guard.end_of_step()
+        self.step += 1
+
+    def architecture_step(self, train_batch: Batch) -> None:
+        """One Adam step of alphas and betas on a fresh validation batch (Liu et al. 2019, equations 5-8)."""
+        s = self.settings
+        # The validation half is walked on its own: it may be longer or shorter than the training half.
+        valid_batch = self.valid_stream.batch(*divmod(self.global_step, self.valid_stream.steps_per_epoch))
+        inner = None
+        if s.order != "first":
+            sgd = [self.optimizers[name] for name in ("weights", "gammas") if name in self.optimizers]
+            inner = inner_groups(*sgd)  # type: ignore[arg-type]
+        loss = architecture_gradients(
+            arch=self.arch,
+            train_objective=self.train_objective,
+            valid_objective=self.valid_objective,
+            train_batch=train_batch,
+            valid_batch=valid_batch,
+            inner=inner,
+            order=s.order,
+            side_pass=self.side_pass,
+        )
+        self.guard.check(loss, _norm(self.arch))
+        self.optimizers["arch"].step()
+        self.optimizers["arch"].zero_grad(set_to_none=True)
+
+    def weight_step(self, batch: Batch) -> None:
+        """One SGD step of the weights, and of the gammas where they move with them, on one backward pass."""
+        parameters = self.weights + self.gammas
+        loss = self.train_objective(*batch)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        distributed.average_(g for g in gradients if g is not None)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = _norm(self.weights)
+        self.guard.check(loss.detach(), norm, _norm(self.gammas))
+        # Weights only: the reference clips neither gammas nor alphas.
+        torch.nn.utils.clip_grads_with_norm_(self.weights, self.settings.grad_clip, norm, foreach=True)
+        for name in ("weights", "gammas"):
+            if name in self.optimizers:
+                self.optimizers[name].step()
+                self.optimizers[name].zero_grad(set_to_none=True)
+        self._count(batch[1])
+
+    @torch.no_grad()
+    def _count(self, labels: Tensor) -> None:
+        objective = self.train_objective
+        correct = (objective.logits.argmax(1) == labels).sum()
+        images = torch.full_like(objective.loss, len(labels))
+        self.totals += torch.stack([objective.loss * images, correct, images]).to(self.totals.dtype)
+
+    # ------------------------------------------------------------------------------------------------ epochs
+
+    def run(
+        self,
+        run: RunLike | None = None,
+        on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    ) -> SearchOutcome:
+        """All epochs that are left; see :func:`search`."""
+        log = run.log if run is not None else say
+        eta = Eta(self.settings.epochs, done=self.epoch)
+        self._saved_at = time.monotonic()
+        while self.epoch < self.settings.epochs:
+            started, first = time.monotonic(), self.step
+            self.start_epoch()
+            self.model.train()
+            label = f"search {self.epoch + 1}/{self.settings.epochs}"
+            for step in progress(range(first, self.steps), total=self.steps, label=label, start=first):
+                self.one_step()
+                if (step + 1) % self.settings.log_every == 0 or step + 1 == self.steps:
+                    self._check(run)
+                    self._log_step(log)
+                if self.step < self.steps and self._due():
+                    self._save(run)
+                if on_step is not None:
+                    on_step(self.global_step)
+            self._end_epoch(run, evaluate, on_epoch, started, self.steps - first)
+            eta.step()
+            log(f"epoch {self.epoch}/{self.settings.epochs} done, {eta.text()}")
+        return SearchOutcome(self.model.genotype(), self.epoch, self.global_step, dict(self.summary))
+
+    def _end_epoch(
+        self,
+        run: RunLike | None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+        on_epoch: Callable[[int, dict[str, float]], None] | None,
+        started: float,
+        steps: int,
+    ) -> None:
+        """Figures of the epoch, the callbacks, and the checkpoint, whose position is the next epoch's first step."""
+        loss, correct, images = distributed.sum_(self.totals.clone()).tolist()
+        seconds = time.monotonic() - started
+        self.summary = {
+            "train_loss": loss / images,
+            "train_top1": correct / images,
+            "learning_rate": float(self.optimizers["weights"].param_groups[0]["lr"]),
+            "images_per_second": images * steps / self.steps / seconds,
+        }
+        if evaluate is not None:
+            self.model.eval()
+            with torch.no_grad():
+                self.summary |= evaluate(self.model)
+            self.model.train()
+        self.summary["seconds"] = time.monotonic() - started
+        if on_epoch is not None:
+            on_epoch(self.epoch, dict(self.summary))
+        self.epoch, self.step = self.epoch + 1, 0
+        self.totals.zero_()
+        self.guard.end_of_step(count=False)
+        self._save(run)
+
+    def _log_step(self, log: Callable[[str], None]) -> None:
+        loss, correct, images = self.totals.tolist()
+        log(
+            f"epoch {self.epoch + 1}/{self.settings.epochs} step {self.step}/{self.steps}: "
+            f"loss {loss / images:.4f}, top-1 {100 * correct / images:.2f}%"
+        )
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, loadable with weights_only=True."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "controller": self.controller.state_dict() if self.controller is not None else {},
+            "epoch": self.epoch,
+            "step": self.step,
+            "steps_per_epoch": self.steps,
+            "totals": self.totals,
+            "summary": self.summary,
+            "rng": rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved state. Raises ValueError when it belongs to data of another size."""
+        if state["steps_per_epoch"] != self.steps:
+            raise ValueError(
+                f"the checkpoint counts {state['steps_per_epoch']} steps an epoch and these data give {self.steps}: "
+                "resume with the same data, batch size and number of processes"
+            )
+        self.model.load_state_dict(state["model"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        self.totals.copy_(state["totals"])
+        self.summary = dict(state["summary"])
+        set_rng_state(state["rng"])
+        self.guard.restart(self.global_step)
+
+    def _unmasked_state(self) -> list[Tensor]:
+        """What changes within a step before the step is known to be finite, and so cannot be masked.
+
+        Batch norm statistics and quantiser ranges (by the forward), alphas and Adam's moments (stepped before the
+        weights' loss is known), the controller and the running sums.
+        """
+        adam = self.optimizers["arch"]
+        moments = [value for p in self.arch for value in adam.state[p].values() if isinstance(value, Tensor)]
+        controller = list(self.controller.buffers()) if self.controller is not None else []
+        return [*self.model.buffers(), *(p.detach() for p in self.arch), *moments, *controller, self.totals]
+
+    def _due(self) -> bool:
+        s = self.settings
+        if s.checkpoint_steps and self.step % s.checkpoint_steps == 0:
+            return True
+        return time.monotonic() - self._saved_at > 60 * s.checkpoint_minutes
+
+    def _save(self, run: RunLike | None) -> None:
+        self._check(run)
+        self._store(run)
+
+    def _store(self, run: RunLike | None) -> None:
+        if run is not None and distributed.is_main():
+            run.checkpoints.save(self.state_dict(), step=self.global_step, epoch=self.epoch)
+        self._saved_at = time.monotonic()
+
+    def _check(self, run: RunLike | None) -> None:
+        """At log points: whether every step since the last one was finite. Raises NonFiniteError after saving."""
+        bad = self.guard.first_bad_step()
+        if bad is None:
+            return
+        self.guard.restore()
+        self.epoch, self.step = divmod(bad, self.steps)
+        self._store(run)
+        raise NonFiniteError(
+            f"step {bad} (epoch {self.epoch + 1}, step {self.step + 1} of {self.steps}) gave a loss or gradient "
+            "that is not finite; the state before it is saved. Lower --learning-rate or use --precision fp32"
+        )
+
+
+def search(
+    model: nn.Module,
+    *,
+    train_stream: Stream,
+    valid_stream: Stream,
+    settings: SearchSettings,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    weight_term: Term | None = None,
+    arch_term: Term | None = None,
+    run: RunLike | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    controller: nn.Module | None = None,
+) -> SearchOutcome:
+    """Search an architecture; goes on from the run's newest checkpoint where there is one.
+
+    Args:
+        model: anything with ``weight_parameters()``, ``arch_parameters()`` and ``genotype()``.
+        train_stream, valid_stream: the two halves of the training set.
+        criterion: ``(logits, labels) -> scalar``.
+        weight_term, arch_term: added to the loss of the weight step and of the architecture step.
+        run: where checkpoints and log lines go; None keeps nothing.
+        on_epoch: called with (epoch from 0, its figures) before the epoch's checkpoint.
+        on_step: called with the number of steps done.
+        evaluate: figures of the model in evaluation mode, added to each epoch's.
+        controller: a module of buffers with ``update(model, moving)``, called on the device after every step.
+
+    Raises:
+        ValueError: settings or checkpoint that do not fit.
+        NonFiniteError: a loss or gradient was not finite; the last good state is in the run's newest checkpoint.
+    """
+    loop = SearchLoop(
+        model,
+        train_stream=train_stream,
+        valid_stream=valid_stream,
+        settings=settings,
+        criterion=criterion,
+        weight_term=weight_term,
+        arch_term=arch_term,
+        controller=controller,
+    )
+    found = run.resume_state() if run is not None else None
+    if found is not None:
+        loop.load_state_dict(found[0])
+    return loop.run(run, on_epoch, on_step, evaluate)
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, foreach=True if gradients else None)
+
+
+def _assert_partition(model: nn.Module, *groups: list[nn.Parameter]) -> None:
+    ids = [id(p) for group in groups for p in group]
+    assert len(ids) == len(set(ids)), "weights, alphas and gammas must be disjoint"
+    assert set(ids) == {id(p) for p in model.parameters()}, "weights, alphas and gammas must be all parameters"
