@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Presets: named sets of defaults per stage. No preset means the papers' hyper-parameters with design.md section 6.
 
-`presets_for("search" | "train", extra)` is what `resolve` takes; a method adds its own presets through `extra`. Keys are
+`presets_for("search" | "train", extra)` is what `resolve` takes; a method adds its own through `extra`. Keys are
 the flags' names in attribute form (--init-channels: init_channels).
 """
 
