@@ -14,13 +14,15 @@ from typing import Any
 _NAMES: dict[str, tuple[str, ...]] = {
     "bilevel": ("InnerGroup", "architecture_gradients", "inner_groups"),
     "checkpoint": ("CheckpointStore", "load_state"),
-    "distributed": ("average_", "barrier", "broadcast", "is_main", "rank", "world_size"),
+    "distributed": ("average_", "barrier", "broadcast", "is_main", "rank", "sum_", "world_size"),
     "files": ("plain", "read_json", "write_json"),
-    "guard": ("FiniteGuard", "guarded_step"),
+    "guard": ("FiniteGuard", "NonFiniteError"),
     "metrics": ("ClassificationMeter", "entropy"),
     "progress": ("Eta", "duration", "say"),  # progress() itself would be hidden by its module: import it from there
     "run": ("Run",),
+    "search_loop": ("SearchOutcome", "SearchSettings", "search"),
     "seeding": ("derive", "rng_state", "seed_everything", "set_rng_state"),
+    "train_loop": ("TrainOutcome", "TrainSettings", "train"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
