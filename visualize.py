@@ -1,85 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the cells of a genotype, an architecture.json or a run: operations and bits on the edges, SVG and PNG.
+"""Draw the cells of a genotype, an architecture.json or a run: operations and bits on the edges, as SVG and PNG.
 
-python visualize.py PC_DARTS
-python visualize.py runs/qdarts-search/digits-s0-20260101T120000 --format svg pdf --out cells
+    python visualize.py PC_DARTS
+    python visualize.py runs/qdarts-search/digits-s0-20260101T120000 --format svg pdf --out cells
+
+A name's picture goes into the working folder under that name, a run's into its folder as `cells`. Wrong arguments and
+unknown names end with exit code 1, as in the PaddleSlim script of the same name.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-USAGE = "python visualize.py TARGET [--format svg png pdf] [--out FILE] [--wbits W --abits A]"
+from common.engine.parsing import Parser, integer
 
-
-class _Parser(argparse.ArgumentParser):
-    """Wrong arguments end with the usage and exit code 1, as in the PaddleSlim script that this one replaces."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.print_usage(sys.stderr)
-        self.exit(1, f"visualize.py: {message}\n")
+USAGE = "python visualize.py TARGET [--format svg|png|pdf ...] [--out FILE] [--wbits W --abits A]"
+_ENDINGS = ("svg", "png", "pdf")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="visualize.py", usage=USAGE, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("target", nargs="*", metavar="TARGET", help="a genotype's name, an architecture.json or a run")
-    parser.add_argument("--run", dest="run", metavar="TARGET", help="the same as TARGET")
-    parser.add_argument("--format", nargs="+", metavar="F", help="svg, png, pdf; several at once (default: svg png)")
+class _Parser(Parser):
+    """The shared parser, but every error ends with the usage line and exit code 1."""
+
+    def fail(self, errors: Sequence[str]) -> NoReturn:
+        self.exit(1, "".join(f"visualize.py: {error}\n" for error in errors) + f"usage: {USAGE}\n")
+
+
+def _parser() -> Parser:
+    parser = _Parser(prog="visualize.py", usage=USAGE, description="Draw both cells, with operations and bits.")
+    parser.add_argument("target", nargs="*", default=[], metavar="TARGET", help="a genotype's name, a file or a run")
+    parser.add_argument("--run", metavar="TARGET", help="the same as TARGET")
+    parser.add_argument("--format", nargs="+", default=[], metavar="F", help="svg, png, pdf (default: svg and png)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the picture's path; its ending names the format")
-    parser.add_argument("--wbits", type=int, metavar="W", help="draw with uniform weight bits")
-    parser.add_argument("--abits", type=int, metavar="A", help="draw with uniform activation bits")
+    parser.add_argument("--wbits", type=integer(1, 32), metavar="W", help="draw with uniform weight bits")
+    parser.add_argument("--abits", type=integer(1, 32), metavar="A", help="draw with uniform activation bits")
     return parser
 
 
 def target_stem(target: str, out: Path | None) -> Path:
     """Where the picture goes, without ending: --out, a run's `cells`, beside a file, or NAME in the working folder."""
     if out is not None:
-        return out.with_suffix("") if out.suffix.lower() in (".svg", ".png", ".pdf") else out
+        return out.with_suffix("") if out.suffix.lower().lstrip(".") in _ENDINGS else out
     path = Path(target)
     if path.is_dir():
         return path / "cells"
-    return path.with_suffix("") if path.is_file() else Path(target)
+    return path.with_suffix("") if path.is_file() else Path(path.name)
 
 
-def chosen_formats(formats: Sequence[str] | None, out: Path | None) -> list[str]:
+def chosen_formats(formats: Sequence[str], out: Path | None) -> list[str]:
     """The formats asked for; without --format the ending of --out, without either svg and png.
 
     Raises ValueError when --format and the ending of --out say different things.
     """
-    ending = out.suffix.lower().removeprefix(".") if out is not None else ""
-    named = [ending] if ending in ("svg", "png", "pdf") else []
-    asked = [part for entry in formats or () for part in entry.lower().split(",") if part]
-    if asked and named and asked != named:
-        raise ValueError(f"--format {' '.join(asked)} contradicts --out {out}: leave one of them out")
-    return asked or named or ["svg", "png"]
+    ending = out.suffix.lower().lstrip(".") if out is not None else ""
+    if formats and ending in _ENDINGS and list(formats) != [ending]:
+        raise ValueError(f"--format {' '.join(formats)} contradicts --out {out}; leave one of them out")
+    return list(formats) or ([ending] if ending in _ENDINGS else ["svg", "png"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    targets = args.target + ([args.run] if args.run else [])
+    args = _parser().parse_args(argv)
+    asked = [part.lower() for entry in args.format for part in entry.split(",") if part]
+    # `--format svg PC_DARTS`: what is no format after --format is the target
+    targets = [*args.target, *([args.run] if args.run else [])]
+    if not targets and len(args.format) > 1 and asked[-1] not in _ENDINGS:
+        targets, asked = [args.format[-1]], asked[:-1]
     if len(targets) != 1:
         print(f"usage: {USAGE}", file=sys.stderr)
         return 1
 
-    from common.nets import load_architecture
+    from common.nets.architecture import load_architecture
     from common.recipes.pictures import draw_cells
 
     try:
         if (args.wbits is None) != (args.abits is None):
             raise ValueError("--wbits and --abits: give both or neither")
-        formats = chosen_formats(args.format, args.out)
+        formats = chosen_formats(asked, args.out)
         architecture = load_architecture(targets[0])
         if args.wbits is not None:
             architecture = architecture.with_uniform_bits(args.wbits, args.abits)
         title = architecture.name or Path(targets[0]).resolve().name
         written = draw_cells(architecture, target_stem(targets[0], args.out), formats=formats, title=title)
     except (ValueError, OSError) as error:
-        print(f"visualize.py: {error}" if isinstance(error, OSError) else error, file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     for path in written:
         print(f"wrote {path}")
