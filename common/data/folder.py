@@ -117,10 +117,9 @@ def _decode(path: str, size: int) -> np.ndarray:
         with _open(path) as image:
             side = min(image.size)
             x, y = (image.size[0] - side) // 2, (image.size[1] - side) // 2
-            rgb = image.convert("RGB")
-            square = (x, y, x + side, y + side)
-            small = rgb.crop(square) if side == size else rgb.resize((size, size), Image.Resampling.BILINEAR, square)
-            return np.asarray(small).transpose(2, 0, 1)
+            # Cropped before it is resized, so that no pixel outside the square bleeds into its edge.
+            square = image.convert("RGB").crop((x, y, x + side, y + side))
+            return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     except _read_errors() as error:
         raise _unreadable(path, error) from error
 

@@ -78,7 +78,9 @@ def _find(spec: str, source: str) -> tuple[Callable[..., Any], str]:
 
 def _from_arrays(arrays: Any, name: str, source: str) -> ImageData:
     tensors = [_tensor(value, part, source) for value, part in zip(arrays, _PARTS, strict=True)]
-    labels, test_labels = (_labels(tensor, part, source) for tensor, part in zip(tensors[1::2], _PARTS[1::2], strict=True))
+    labels, test_labels = (
+        _labels(tensor, part, source) for tensor, part in zip(tensors[1::2], _PARTS[1::2], strict=True)
+    )
     images = tensors[0]
     if images.ndim != 4 or images.shape[2] != images.shape[3]:
         raise ValueError(
