@@ -11,7 +11,7 @@ from common.nets.architecture import (
 )
 from common.nets.network import Network, build_network
 from common.nets.operations import OPERATIONS
-
+from common.nets.supernet import Supernet, build_supernet
 
 __all__ = [
     "OPERATIONS",
@@ -19,8 +19,10 @@ __all__ = [
     "BitPolicy",
     "CellBits",
     "Network",
+    "Supernet",
 
     "build_network",
+    "build_supernet",
 
     "genotype_from_json",
     "genotype_to_json",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from genotypes import PRIMITIVES, Genotype
@@ -48,10 +49,18 @@ def is_reduction(index: int, layers: int) -> bool:
 
 
 def plan_cells(
-    layers: int, init_channels: int, stem: str, normal_multiplier: int = 4, reduce_multiplier: int = 4
+    layers: int,
+    init_channels: int,
+    stem: str,
+    normal_multiplier: int = 4,
+    reduce_multiplier: int = 4,
+    stem_channels: int | None = None,
 ) -> list[CellPlan]:
-    """The cells of a network of `layers` cells; multipliers are the number of concatenated states per cell type."""
-    first = 3 * init_channels if stem == "cifar" else init_channels
+    """The cells of a network of `layers` cells; multipliers are the number of concatenated states per cell type.
+
+    The stem hands on `stem_channels`, by default three times `init_channels` (CIFAR) or as many (ImageNet).
+    """
+    first = stem_channels or (3 * init_channels if stem == "cifar" else init_channels)
     before_last, last, channels = first, first, init_channels
     reduction_before = stem == "imagenet"  # the two ImageNet stems differ in size, as two cells around a reduction do
     plans = []
@@ -124,8 +133,6 @@ def read_genotype(
 
 def edge_softmax(betas: Tensor, nodes: int) -> Tensor:
     """Softmax of the edge logits [edges] within each node's incoming edges."""
-    import torch
-
     return torch.cat([group.softmax(0) for group in betas.split([node + 2 for node in range(nodes)])])
 
 

@@ -135,8 +135,8 @@ class Network(nn.Module):
         bits = _cell_bits(architecture, plans)
         self.cells = nn.ModuleList(Cell(architecture, plan, make_conv, b) for plan, b in zip(plans, bits, strict=True))
         self.auxiliary_index = 2 * layers // 3
-        head_channels = plans[self.auxiliary_index].channels * multipliers[1]
-        self.auxiliary_head = AuxiliaryHead(head_channels, num_classes, stem) if auxiliary else None
+        self.auxiliary_channels = plans[self.auxiliary_index].channels * multipliers[1]
+        self.auxiliary_head = AuxiliaryHead(self.auxiliary_channels, num_classes, stem) if auxiliary else None
         self.classifier = QuantLinear(
             output_channels(plans, *multipliers),
             num_classes,
@@ -167,6 +167,12 @@ class Network(nn.Module):
     def no_decay_parameters(self) -> list[nn.Parameter]:
         """Learned quantiser steps (LSQ): trained without weight decay."""
         return step_parameters(self)
+
+    def auxiliary_parameters(self) -> int:
+        """Parameters of the auxiliary head that fits this network, whether or not it was built with one."""
+        with torch.device("meta"):
+            head = AuxiliaryHead(self.auxiliary_channels, self.classifier.out_features, self.stem_kind)
+        return sum(p.numel() for p in head.parameters())
 
     def check_input(self, image_size: int) -> None:
         """Raise ValueError, with the reason and the cure, where images of this size do not fit the network."""

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a network costs: counted exactly, and expected of a supernet."""
+
+from common.cost.counting import Cost, LayerCost, LayerShape, network_cost, trace_layers
+from common.cost.expected import ExpectedCost, edge_probability
+
+__all__ = ["Cost", "ExpectedCost", "LayerCost", "LayerShape", "edge_probability", "network_cost", "trace_layers"]
