@@ -50,7 +50,8 @@ run() { printf '$ %s\n' "$*"; "$@"; }
 # One value of the training preset: its sizes stand there and nowhere else.
 preset() { python qdarts/train.py --preset "$size" --print-config | awk -v key="$1" '$1 == key {print $2}'; }
 
-if [ "$size" = smoke ]; then length="under a minute or two; the figures mean nothing"; else length="about 5 to 8 minutes on 2 CPU cores"; fi
+length="about 5 to 8 minutes on 2 CPU cores"
+if [ "$size" = smoke ]; then length="a minute or two; the figures mean nothing"; fi
 cat <<TEXT
 
 Quickstart, seed $seed: one search and four trainings on handwritten digits (1437 to learn from, 360 to test with),
@@ -62,8 +63,10 @@ TEXT
 SECONDS=0
 
 step 1 "search"
-target=$(python -m common.cost PC_DARTS --dataset digits --init-channels "$(preset init_channels)" --layers "$(preset layers)" \
-    --wbits 2 --abits 2 --json | python -c 'import json, sys; print(int(json.load(sys.stdin)["bitops"]))')
+channels=$(preset init_channels)
+layers=$(preset layers)
+target=$(python -m common.cost PC_DARTS --dataset digits --init-channels "$channels" --layers "$layers" --wbits 2 --abits 2 --json |
+    python -c 'import json, sys; print(int(json.load(sys.stdin)["bitops"]))')
 echo "target: $target BitOps, those of PC-DARTS at 2 bits"
 run python qdarts/search.py --preset "$size" --seed "$seed" --target-bitops "$target" --save "$out/search" --resume auto
 
@@ -81,7 +84,7 @@ run python qdarts/train.py --preset "$size" --seed "$seed" --arch PC_DARTS --wbi
 
 step 6 "table and drawing"
 run python visualize.py "$out/search"
-run python report.py "$out/found" "$out/pcdarts-fp32" "$out/pcdarts-2bit" "$out/pcdarts-4bit" >"$out/table.md"
-echo
-cat "$out/table.md"
+runs=("$out/found" "$out/pcdarts-fp32" "$out/pcdarts-2bit" "$out/pcdarts-4bit")
+printf '$ python report.py %s\n\n' "${runs[*]}"
+python report.py "${runs[@]}" | tee "$out/table.md"
 printf '\nDone in %d:%02d. This table: %s/table.md; the drawing of the cells and all runs: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$out" "$out"
