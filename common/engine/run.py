@@ -39,7 +39,7 @@ from common.engine.progress import duration, say
 SCHEMA = 1
 CONFIG, LOG, METRICS, HISTORY, RESULT = "config.json", "log.txt", "metrics.csv", "history.jsonl", "result.json"
 TENSORBOARD, CHECKPOINTS, LOCK = "tensorboard", "checkpoints", ".lock"
-# Flags that never change what a run computes (a preset counts by the values it gave); callers add their own through `volatile`.
+# Flags that never change what a run computes (a preset counts by the values it gave); `volatile` adds the callers' own.
 VOLATILE = frozenset(
     {"save", "runs", "root", "resume", "config", "preset", "print_config", "list_presets", "dry_run"}
     | {"quiet", "tensorboard", "workers", "checkpoint_minutes", "keep_checkpoints"}
