@@ -1,27 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both recipes prepare in the same way: device, threads, data, stem, shortened epochs, the entry point's shell."""
+"""What both recipes prepare in the same way: device, threads, data, stem, shortened epochs."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from common.data import ImageData, canonical_name, load
+from common.data import ImageData, load
 from common.engine.cli import Config
-
-
-class BatchStream(Protocol):
-    """What the loops draw from: a pure function of (epoch, step)."""
-
-    steps_per_epoch: int
-
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] and labels [B]."""
-        ...
+from common.engine.train_loop import BatchStream
 
 
 class FirstSteps:
@@ -49,17 +38,6 @@ def prepare_torch(config: Config) -> torch.device:
     return torch.device(config.device)
 
 
-def check_data(config: Config) -> list[str]:
-    """Rules of the data flags, for `resolve`: a known name (unless --data-module gives the data)."""
-    if config.data_module is not None:
-        return []
-    try:
-        config.dataset = canonical_name(config.dataset)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
 def load_data(config: Config, say: Callable[[str], None] = print) -> ImageData:
     """The images that the flags name, on the CPU. Raises ValueError that names the flag, the reason and the cure."""
     return load(config.dataset, root=config.data, image_size=config.image_size, data_module=config.data_module, say=say)
@@ -70,23 +48,3 @@ def stem_of(config: Config, image_size: int) -> str:
     if config.stem != "auto":
         return config.stem
     return "imagenet" if image_size >= 128 else "cifar"
-
-
-def run_program(main: Callable[[], Any], prog: str) -> int:
-    """Run an entry point: 0 when it ends, 1 with one line (no traceback) for what the user can cure, 130 for Ctrl-C."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; --resume auto goes on", file=sys.stderr)
-        return 130
-    return 0
-
-
-def command_line(script: str, flags: Sequence[str]) -> str:
-    """A command as a user would type it."""
-    import shlex
-
-    return shlex.join(["python", script, *flags])

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command lines of searches and trainings, and the shell around an entry point.
+
+Imports no torch, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from common.engine import cli
+from common.engine.cli import Config, Parser
+from common.recipes.presets import Preset, presets_for
+
+
+def training_parser(prog: str, description: str) -> Parser:
+    """A parser with every flag of a training; a method adds its own, and its own defaults by `set_defaults`."""
+    parser = Parser(prog=prog, description=description)
+    for add in (cli.add_data_flags, cli.add_model_flags, cli.add_quantization_flags):
+        add(parser, "train")
+    cli.add_train_flags(parser)
+    cli.add_optimization_flags(parser, "train")
+    cli.add_run_flags(parser, "train")
+    return parser
+
+
+def search_parser(prog: str, description: str) -> Parser:
+    """A parser with every flag of a search; a method adds its own, and its own defaults by `set_defaults`."""
+    parser = Parser(prog=prog, description=description)
+    for add in (cli.add_data_flags, cli.add_model_flags, cli.add_quantization_flags):
+        add(parser, "search")
+    cli.add_search_flags(parser)
+    cli.add_optimization_flags(parser, "search")
+    cli.add_run_flags(parser, "search")
+    return parser
+
+
+def resolve_training(parser: Parser, argv: Sequence[str], presets: Mapping[str, Preset] | None = None) -> Config:
+    """Flags of a training, checked; every error is reported at once (exit code 2)."""
+    return cli.resolve(
+        parser,
+        argv,
+        presets=presets_for("train", presets),
+        derive=[cli.derive_train],
+        validate=[cli.check_train, check_data, check_architecture],
+    )
+
+
+def resolve_search(parser: Parser, argv: Sequence[str], presets: Mapping[str, Preset] | None = None) -> Config:
+    """Flags of a search, checked; every error is reported at once (exit code 2)."""
+    return cli.resolve(
+        parser,
+        argv,
+        presets=presets_for("search", presets),
+        derive=[cli.derive_search],
+        validate=[cli.check_search, check_data],
+    )
+
+
+def check_data(config: Config) -> list[str]:
+    """The data set's name, brought to the registry's spelling (--data-module gives data without one)."""
+    if config.data_module is not None:
+        return []
+    from common.data import canonical_name
+
+    try:
+        config.dataset = canonical_name(config.dataset)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def check_architecture(config: Config) -> list[str]:
+    """Whether --arch resolves; what is wrong in an architecture file is named."""
+    from common.nets import load_architecture
+
+    try:
+        load_architecture(config.arch)
+    except (ValueError, OSError) as error:
+        return [f"--arch: {error}"]
+    return []
+
+
+def run_program(main: Callable[[], Any], prog: str) -> int:
+    """Run an entry point and give its exit code, with one line in place of a traceback for what the user can cure.
+
+    0: done. 2: something that was given is wrong (ValueError). 1: the disk or the network refused, or the training
+    left the finite numbers. 130: interrupted; 141: the reader of our output went away.
+    """
+    from common.engine.guard import NonFiniteError
+
+    try:
+        main()
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # the interpreter flushes stdout once more at its end, which would raise again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, NonFiniteError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; --resume auto goes on", file=sys.stderr)
+        return 130
+    return 0

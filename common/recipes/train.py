@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training recipe: flags -> data, architecture, network -> loop -> test once -> cost -> result.json.
+
+Every method trains its networks here, so that a table compares methods and not conventions. `load_trained` gives a
+trained network back from its run folder; evaluation, quantisation and export build on it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.cost import Cost, network_cost
+from common.data import DatasetInfo, ImageData, Stream, evaluation_batches, hold_out
+from common.engine import CheckpointStore, ClassificationMeter, Run, load_state, read_json, seed_everything
+from common.engine.cli import VOLATILE, Config
+from common.engine.progress import duration
+from common.engine.train_loop import BatchStream, TrainSettings, train
+from common.nets import Architecture, Network, build_network, load_architecture
+from common.recipes.setup import load_data, prepare_torch, shorten, stem_of
+
+EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's output depend on its batch
+# What a network may have and the one whose weights it starts from may lack, by a part of the name.
+_OPTIONAL = ("auxiliary_head.", "step", "maximum", "initialized")
+
+
+@dataclass
+class Prepared:
+    """All that a training needs, built from its flags, before any folder is made."""
+
+    config: Config
+    device: torch.device
+    data: ImageData
+    architecture: Architecture
+    build: dict[str, Any]
+    network: Network
+    cost: Cost
+    notes: list[str]
+
+
+# ------------------------------------------------------------------------------------------------------ preparation
+
+
+def resolve_architecture(config: Config) -> Architecture:
+    """--arch with the bits that the flags put on it. Raises ValueError naming the flag or file."""
+    architecture = load_architecture(config.arch)
+    if config.bit_mapping is not None:
+        architecture = architecture.with_mapping(config.bit_mapping)
+    if config.weights_path is not None:
+        from common.recipes.gammas import import_gammas
+
+        architecture = import_gammas(architecture, config.weights_path, config.bit_mapping or "relative")
+    if config.wbits is not None:
+        architecture = architecture.with_uniform_bits(config.wbits, config.abits)
+    return architecture
+
+
+def network_arguments(config: Config, info: DatasetInfo) -> dict[str, Any]:
+    """The keyword arguments of `build_network` beside the architecture, as JSON values."""
+    same = ("init_channels", "layers", "auxiliary", "scheme", "weight_quantizer", "activation_quantizer")
+    bits = ("signed_activations", "stem_bits", "classifier_bits")
+    return {
+        "stem": stem_of(config, info.image_size),
+        "in_channels": info.channels,
+        "num_classes": info.num_classes,
+        **{name: getattr(config, name) for name in (*same, *bits)},
+    }
+
+
+def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
+    """Data, architecture and network of a training, with everything refused that does not fit together."""
+    device = prepare_torch(config)
+    architecture = resolve_architecture(config)
+    data = load_data(config, say)
+    build = network_arguments(config, data.info)
+    seed_everything(config.seed, deterministic=config.deterministic)
+    network = build_network(architecture, **build)
+    cost = network_cost(network, data.info.image_size)
+    notes = [_describe(config, architecture, data, cost)]
+    if config.init_from is not None:
+        notes.append(_start_from(network, config.init_from))
+    network.to(device)
+    if _channels_last(config, device):
+        network.to(memory_format=torch.channels_last)
+    return Prepared(config, device, data.to(device), architecture, build, network, cost, notes)
+
+
+def _channels_last(config: Config, device: torch.device) -> bool:
+    # Tensor cores want it; on CPU and in fp32 it has no steady gain with depthwise convolutions.
+    return device.type == "cuda" and config.precision == "bf16"
+
+
+def _describe(config: Config, architecture: Architecture, data: ImageData, cost: Cost) -> str:
+    weight, activation = mean_bits(cost)
+    bits = "full precision" if weight == activation == 32 else f"{weight:.2f} weight, {activation:.2f} activation bits"
+    info = data.info
+    return (
+        f"architecture: {config.arch}"
+        + (f" = {architecture.name}" if architecture.name not in (None, config.arch) else "")
+        + f", {bits}\n"
+        f"data: {info.name}, {len(data.train):,} training and {len(data.test):,} test images of "
+        f"{info.channels}x{info.image_size}x{info.image_size}, {info.num_classes} classes\n"
+        f"network: {cost_text(cost)}"
+    )
+
+
+def cost_text(cost: Cost) -> str:
+    """One line: parameters, MACs, BitOps, weight memory."""
+    return (
+        f"{cost.parameters / 1e6:.3f} M parameters, {cost.macs / 1e6:.2f} M MACs, {cost.bitops / 1e9:.4g} G BitOps "
+        f"({cost.bitops_quantized / 1e9:.4g} G in quantised layers), {cost.weight_bytes / 1e6:.3f} MB of weights"
+    )
+
+
+def mean_bits(cost: Cost) -> tuple[float, float]:
+    """Mean bits of the layers that methods quantise: of their weights, and of their input activations."""
+    layers = [layer for layer in cost.layers if layer.quantizable]
+    weights = sum(layer.weight_bytes / layer.weight_bits for layer in layers)
+    activations = sum(layer.activation_bytes / layer.activation_bits for layer in layers)
+    if not weights or not activations:
+        return 32.0, 32.0
+    return (
+        sum(layer.weight_bytes for layer in layers) / weights,
+        sum(layer.activation_bytes for layer in layers) / activations,
+    )
+
+
+def _start_from(network: Network, run: Path) -> str:
+    """Load a run's weights into the network; ValueError unless every convolution and the classifier fit."""
+    source, _, info = load_trained(run, flag="--init-from")
+    theirs, ours = source.state_dict(), network.state_dict()
+    missing = [name for name in ours if name not in theirs and not _optional(name)]
+    unknown = [name for name in theirs if name not in ours and not _optional(name)]
+    shapes = [name for name in ours if name in theirs and ours[name].shape != theirs[name].shape]
+    for names, what in ((missing, "it lacks"), (unknown, "this network lacks"), (shapes, "other shape:")):
+        if names:
+            raise ValueError(
+                f"--init-from {run}: {len(names)} of its tensors do not fit ({what} {names[0]}); "
+                "start from a run of the same cells, --layers, --init-channels, --stem and data"
+            )
+    taken = {name: tensor for name, tensor in theirs.items() if name in ours}
+    network.load_state_dict(taken, strict=False)
+    left = sorted(ours.keys() - taken.keys())
+    return f"started from {run} (epoch {info['epoch']}): {len(taken)} tensors loaded" + (
+        f", {len(left)} new: {left[0]} ..." if left else ""
+    )
+
+
+def _optional(name: str) -> bool:
+    return any(part in name for part in _OPTIONAL)
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+@torch.inference_mode()
+def evaluate_network(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, precision: str = "fp32"
+) -> dict[str, Any]:
+    """loss (cross-entropy), top1, top5 (fractions), n, correct, per_class of a network on every image of `batches`."""
+    device = next(network.parameters()).device
+    meter = ClassificationMeter(num_classes, device)
+    network.eval()
+    for x, y in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = network(x)
+        logits = (output[0] if isinstance(output, tuple) else output).float()
+        meter.update(logits, y, nn.functional.cross_entropy(logits, y, reduction="sum"))
+    return meter.result()
+
+
+def load_trained(
+    run: Path, checkpoint: Path | None = None, *, flag: str = "RUN"
+) -> tuple[Network, dict[str, Any], dict[str, Any]]:
+    """The trained network of a run folder, on the CPU and in evaluation mode.
+
+    `checkpoint` names one of its checkpoints in place of the newest valid one. Returns (network, config, info): the
+    run's flags by name, and method, dataset, seed, digest, build (arguments of `build_network`), data (of the images),
+    epoch and checkpoint. Raises ValueError, naming `flag`, the folder and the cure.
+    """
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{flag} {run}: no run lies there (no config.json); give the folder of a training run")
+    record = read_json(run / "config.json")
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{flag} {run}: its config.json is not a run's")
+    if record.get("stage") != "train":
+        raise ValueError(f"{flag} {run}: a {record.get('stage')} run; give a training run (train.py --arch {run})")
+    if checkpoint is not None:
+        state, meta = load_state(Path(checkpoint))
+    else:
+        found = CheckpointStore(run / "checkpoints", config_digest=record["digest"]).latest()
+        if found is None:
+            raise ValueError(f"{flag} {run}: holds no valid checkpoint; train it first (--resume {run})")
+        state, meta = found
+    if not {"build", "architecture", "data", "model"} <= state.keys():
+        raise ValueError(f"{flag} {run}: its checkpoint is not one of a training")
+    architecture = Architecture.from_json(json.loads(state["architecture"]), f"{run} (checkpoint)")
+    network = build_network(architecture, **state["build"])
+    network.load_state_dict(state["model"])
+    info = {
+        **{key: record.get(key) for key in ("method", "dataset", "seed", "digest")},
+        "build": state["build"],
+        "data": state["data"],
+        "epoch": state["epoch"],
+        "checkpoint": meta.get("path", str(checkpoint)),
+    }
+    return network.eval(), record["config"], info
+
+
+# ------------------------------------------------------------------------------------------------------ the training
+
+
+def run_training(config: Config, *, method: str, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Train what the flags say and return what result.json holds (for --dry-run: what it found).
+
+    `on_step` is called with the number of steps done (tests stop a run by it). Raises ValueError for what does not fit,
+    NonFiniteError when the training leaves the finite numbers.
+    """
+    prepared = prepare(config)
+    stream, held_out = _streams(prepared)
+    settings = training_settings(config, prepared.device)
+    teacher = _teacher(prepared)
+    forward = _compiled(prepared.network) if config.compile else None
+    arguments = {
+        "criterion": nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        "num_classes": prepared.data.info.num_classes,
+        "teacher": teacher,
+        "forward": forward,
+    }
+    if config.dry_run:
+        return _dry_run(prepared, stream, settings, arguments)
+    run = Run.open(
+        method=method,
+        stage="train",
+        dataset=prepared.data.info.name,
+        seed=config.seed,
+        config=config.as_dict(),
+        sources=config.sources,
+        argv=sys.argv,
+        root=config.runs,
+        save=config.save,
+        resume=Path(config.resume) if config.resume not in (None, "auto") else config.resume,
+        volatile=VOLATILE,
+        tensorboard=config.tensorboard,
+    )
+    with run:
+        if run.already_finished:
+            return read_json(run.folder / "result.json")
+        for note in (*prepared.notes, *getattr(stream, "notes", ())):
+            run.log(note)
+        prepared.architecture.save(run.folder / "architecture.json")
+        outcome = train(
+            prepared.network,
+            stream=stream,
+            settings=settings,
+            evaluate=held_out,
+            run=run,
+            extra_state=_identity(prepared),
+            on_step=on_step,
+            **arguments,
+        )
+        result = _result(prepared, outcome.epochs, outcome.steps, outcome.selected_epoch, outcome.row)
+        run.log(result_text(result))
+        run.finish(result)
+        return read_json(run.folder / "result.json")
+
+
+def training_settings(config: Config, device: torch.device) -> TrainSettings:
+    """The loop's settings as the flags give them."""
+    same = ("epochs", "learning_rate", "learning_rate_min", "momentum", "weight_decay", "grad_clip", "drop_path_prob")
+    more = ("auxiliary_weight", "teacher_weight", "teacher_temperature", "select", "precision", "log_every")
+    return TrainSettings(
+        schedule=config.lr_schedule,
+        step_epochs=config.lr_step_epochs,
+        step_factor=config.lr_step_factor,
+        warmup_epochs=config.lr_warmup_epochs,
+        checkpoint_minutes=config.checkpoint_minutes,
+        channels_last=_channels_last(config, device),
+        **{name: getattr(config, name) for name in (*same, *more)},
+    )
+
+
+def _streams(prepared: Prepared) -> tuple[BatchStream, Callable[[nn.Module], dict[str, Any]] | None]:
+    """The training batches, and what measures the held-out part (None where nothing is held out)."""
+    config, data, device = prepared.config, prepared.data, prepared.device
+    kept, held = None, None
+    if config.val_fraction:
+        kept, held = hold_out(data.train.labels, config.val_fraction, config.seed)
+    stream = Stream(
+        data.train,
+        data.info,
+        indices=kept,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        name="train",
+        augment=True,
+        cutout=config.cutout_length if config.cutout else None,
+        device=device,
+    )
+    if held is None:
+        return shorten(stream, config.steps_per_epoch), None
+
+    def measure(network: nn.Module) -> dict[str, Any]:
+        batches = evaluation_batches(data.train, data.info, EVALUATION_BATCH, device, indices=held)
+        return evaluate_network(network, batches, data.info.num_classes, config.precision)
+
+    return shorten(stream, config.steps_per_epoch), measure
+
+
+def _teacher(prepared: Prepared) -> Network | None:
+    if prepared.config.teacher is None:
+        return None
+    teacher, _, info = load_trained(prepared.config.teacher, flag="--teacher")
+    for key in ("num_classes", "in_channels"):
+        if info["build"][key] != prepared.build[key]:
+            raise ValueError(
+                f"--teacher {prepared.config.teacher}: has {key} {info['build'][key]}, these data "
+                f"{prepared.build[key]}; give a run on the same data"
+            )
+    prepared.notes.append(f"teacher: {prepared.config.teacher}, {info['method']} on {info['dataset']}")
+    return teacher.to(prepared.device).requires_grad_(False)
+
+
+def _compiled(network: nn.Module) -> Callable[[Tensor], Any]:
+    """torch.compile; what it cannot compile runs as it is."""
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(network)
+
+
+def _identity(prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint holds to build its network again."""
+    info = prepared.data.info
+    return {
+        "build": prepared.build,
+        "architecture": json.dumps(prepared.architecture.to_json()),
+        "data": {
+            "name": info.name,
+            "num_classes": info.num_classes,
+            "channels": info.channels,
+            "image_size": info.image_size,
+        },
+    }
+
+
+def _dry_run(
+    prepared: Prepared, stream: BatchStream, settings: TrainSettings, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Two steps (the first warms up, the second is timed), and what the whole run would take."""
+    times: list[float] = []
+
+    def stamp(step: int) -> None:
+        if prepared.device.type == "cuda":
+            torch.cuda.synchronize(prepared.device)
+        times.append(time.monotonic())
+
+    quiet = SimpleNamespace(
+        log=lambda text: None,
+        metrics=lambda row, step: rows.append(row),
+        history=lambda row, epoch: None,
+        checkpoints=SimpleNamespace(save=lambda *args, **kwargs: None),
+        resume_state=lambda: None,
+    )
+    rows: list[dict[str, Any]] = []
+    two = shorten(_Repeated(stream), 2)
+    once = replace(settings, epochs=1, warmup_epochs=0, select="last")
+    train(prepared.network, stream=two, settings=once, run=quiet, on_step=stamp, **arguments)
+    step_seconds = times[1] - times[0]
+    whole = step_seconds * stream.steps_per_epoch * settings.epochs
+    print("\n".join(prepared.notes))
+    print(
+        f"one step of {prepared.config.batch_size} images: {step_seconds:.3f} s, peak memory "
+        f"{rows[-1]['peak_memory_mb']:,.0f} MB; {stream.steps_per_epoch} steps an epoch, {settings.epochs} epochs: "
+        f"about {duration(whole)} (evaluation not counted)\ndry run: nothing was written"
+    )
+    return {"dry_run": True, "step_seconds": step_seconds, "estimated_seconds": whole, "cost": prepared.cost.to_json()}
+
+
+class _Repeated:
+    """The first batch of a stream, as often as wanted: an epoch may have a single step."""
+
+    def __init__(self, stream: BatchStream) -> None:
+        self.stream, self.steps_per_epoch = stream, 1_000_000
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """The stream's first batch."""
+        return self.stream.batch(0, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ the result
+
+
+def _result(prepared: Prepared, epochs: int, steps: int, selected: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The test, once, and everything that a table needs to know."""
+    config, data, info = prepared.config, prepared.data, prepared.data.info
+    batches = evaluation_batches(data.test, info, EVALUATION_BATCH, prepared.device)
+    test = evaluate_network(prepared.network, batches, info.num_classes, config.precision)
+    metrics = {
+        "test_loss": test["loss"],
+        "test_top1": test["top1"],
+        "test_top5": test["top5"],
+        "test_correct": test["correct"],
+        "train_loss": row.get("train_loss"),
+        "train_top1": row.get("train_top1"),
+    }
+    if "valid_top1" in row:
+        metrics |= {"val_top1": row["valid_top1"], "val_loss": row["valid_loss"]}
+    weight, activation = mean_bits(prepared.cost)
+    return {
+        "epochs": epochs,
+        "steps": steps,
+        "selected_epoch": selected,
+        "n_train": len(data.train) - round(config.val_fraction * len(data.train)),
+        "n_test": len(data.test),
+        "metrics": metrics,
+        "cost": prepared.cost.to_json(),
+        "bits_mean": {"weight": weight, "activation": activation},
+        "network": {**prepared.build, "image_size": info.image_size},
+        "architecture": prepared.architecture.name or config.arch,
+        "search_seconds": _search_seconds(config.arch),
+    }
+
+
+def _search_seconds(arch: str) -> float | None:
+    """How long the search took that --arch names; None for a name or a file."""
+    path = Path(arch) / "result.json"
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    return result.get("seconds") if isinstance(result, dict) and result.get("stage") == "search" else None
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """The last line of a training."""
+    found, n = result["metrics"], result["n_test"]
+    return (
+        f"test: top-1 {100 * found['test_top1']:.2f}% ({found['test_correct']} of {n}), "
+        f"top-5 {100 * found['test_top5']:.2f}%, loss {found['test_loss']:.4f} "
+        f"(weights of epoch {result['selected_epoch']})"
+    )
