@@ -2,9 +2,9 @@
 """Training batches per second: resident uint8 tensors (common.data) against torchvision's CIFAR10 + DataLoader.
 
 Both sides crop (pad 4), mirror, convert and normalise the same CIFAR-10 images on the same CPU: torchvision with two
-worker processes, ours on one thread of one process. The sides alternate and medians of n are given; the time of
-starting workers is not counted. Images per CPU second (all processes) are given beside images per second, since they
-hardly depend on what else the machine does.
+worker processes, ours on one thread of one process. The sides alternate and medians of n are given; the wall
+time of starting workers is not counted. Images per CPU second (all processes) are given beside images per second,
+since they hardly depend on what else the machine does.
 
     python benchmarks/data_pipeline.py [--data ROOT] [--output benchmarks/results/data_pipeline.json]
 """

@@ -28,12 +28,13 @@ def split_search(labels: Tensor, portion: float, seed: int) -> tuple[Tensor, Ten
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """(kept indices, held-out indices): round(fraction x N) images, the same share of each class, are held out.
 
-    labels: int64 [N]. Both results are sorted int64 tensors on the CPU. Raises ValueError when a part would be empty.
+    labels: int64 [N]. Both results are sorted int64 tensors on the CPU. Raises ValueError
+    (--val-fraction) when a part would be empty.
     """
     count = round(fraction * len(labels)) if 0 < fraction < 1 else 0
     if not 0 < count < len(labels):
         raise ValueError(
-            f"held-out fraction {fraction} (--select val): must leave images on both sides of the split of "
+            f"--val-fraction {fraction}: must leave images on both sides of the split of "
             f"{len(labels)}; give a share between 0 and 1, such as 0.1"
         )
     held, kept = _cut(labels, count, seed, "hold-out")

@@ -70,11 +70,14 @@ class Stream:
         short = drop_last and count < batch_size
         self._length = batch_size if short else count // batch_size * batch_size if drop_last else count
         self.steps_per_epoch: int = -(-self._length // batch_size)
-        self.notes: tuple[str, ...] = ()
+        notes = []
         if short:
-            self.notes = (
-                f"the {name} stream has {count} images, fewer than one batch of {batch_size}: it wraps around",
+            notes.append(f"the {name} stream has {count} images, fewer than one batch of {batch_size}: it wraps around")
+        if self._cutout >= info.image_size:
+            notes.append(
+                f"--cutout-length {cutout}: as large as the images ({info.image_size} pixels); many are wiped out"
             )
+        self.notes: tuple[str, ...] = tuple(notes)
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Batch `step` (0 .. steps_per_epoch - 1) of `epoch`: x float32 [B, C, H, W] normalised, y int64 [B].

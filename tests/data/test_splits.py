@@ -40,7 +40,7 @@ def test_an_empty_part_is_refused(labels: torch.Tensor, portion: float) -> None:
     with pytest.raises(ValueError, match="--train-portion"):
         split_search(labels, portion, 0)
     if portion != 0.001:
-        with pytest.raises(ValueError, match="--select val"):
+        with pytest.raises(ValueError, match="--val-fraction"):
             hold_out(labels, portion, 0)
 
 

@@ -100,6 +100,10 @@ def test_fewer_images_than_a_batch_wrap_around_and_say_so() -> None:
     assert len(whole.batch(0, 0)[0]) == 3 and whole.notes == ()
 
 
+def test_a_cutout_as_large_as_the_images_is_said() -> None:
+    assert "--cutout-length 8" in stream(cutout=8).notes[0] and stream(cutout=7).notes == ()
+
+
 def test_without_augmentation_a_stream_only_normalises() -> None:
     split, info = numbered(50)
     source = stream(augment=False, cutout=None)
