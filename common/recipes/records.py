@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run folders as records: what a table needs of a run, read with every field checked, finished or not."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.engine.files import read_json
+
+# flags that do not make two runs different experiments
+_INCIDENTAL = frozenset(
+    (
+        *("seed", "arch", "save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run"),
+        *("log_every", "checkpoint_minutes", "tensorboard", "workers", "data", "threads", "quiet"),
+    )
+)
+_OTHER_RUNS = ("teacher", "init_from", "weights_path")  # whether, but not which: paths differ from seed to seed
+_COST = ("parameters", "macs", "bitops", "bitops_quantized", "bitops_paper", "weight_bytes", "weight_bytes_fp32")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. Shares and accuracies are fractions, times seconds, memory bytes; None: not known or not applicable."""
+
+    folder: Path
+    stage: str
+    method: str
+    dataset: str
+    seed: int | None
+    finished: bool
+    progress: str = ""
+    """How far an unfinished run came."""
+    architecture: str = ""
+    found: bool = False
+    """Whether the architecture comes from a search."""
+    bits: tuple[float, float] | None = None
+    """Mean weight and activation bits; None: full precision."""
+    searched_bits: bool = False
+    correct: int | None = None
+    n_test: int | None = None
+    accuracy: float | None = None
+    numbers: Mapping[str, float | None] = field(default_factory=dict)
+    """Cost, times, and what else the table shows, by name."""
+    size: tuple[Any, ...] = ()
+    """What must agree within a row: network, image size, epochs, number of images."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The flags that make the experiment, without seed and paths."""
+    device: str = ""
+
+
+def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Run folders among and below `paths`, each once, and one message for every path without any.
+
+    A run folder holds a config.json or a result.json; hidden folders are passed over.
+    """
+    found: dict[Path, Path] = {}
+    problems = []
+    for path in paths:
+        if not path.exists():
+            problems.append(f"{path}: no such folder")
+        elif not path.is_dir():
+            problems.append(f"{path}: not a folder; name a run's folder")
+        else:
+            inside = [path] if _is_run(path) else [sub for sub in sorted(_folders(path)) if _is_run(sub)]
+            if not inside:
+                problems.append(f"{path}: holds no run (neither config.json nor result.json)")
+            for run in inside:
+                found.setdefault(run.resolve(), run)
+    return list(found.values()), problems
+
+
+def _folders(path: Path, depth: int = 4) -> Iterable[Path]:
+    for sub in path.iterdir():
+        if sub.is_dir() and not sub.name.startswith(".") and not sub.is_symlink():
+            yield sub
+            if depth > 1 and not _is_run(sub):
+                yield from _folders(sub, depth - 1)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path / "result.json").is_file()
+
+
+def read_run(folder: Path) -> Record:
+    """Read one run. Raises ValueError, one line that names the file and the field, when it cannot be read."""
+    config = _read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not (folder / "result.json").exists():
+        return _unfinished(folder, config, {})
+    result = _read_object(folder / "result.json")
+    if result.get("finished") is not True:
+        return _unfinished(folder, config, result)
+    where = f"{folder / 'result.json'}"
+    if result.get("schema") != 1:
+        raise ValueError(f"{where}: schema {result.get('schema')!r} is not 1, the one this version reads")
+    fields = _Fields(result, where)
+    stage = fields.text("stage")
+    if stage not in ("search", "train"):
+        raise ValueError(f"{where}: field stage: {stage!r} is neither search nor train")
+    common = {
+        "folder": folder,
+        "stage": stage,
+        "method": fields.text("method"),
+        "dataset": fields.text("dataset"),
+        "seed": fields.integer("seed"),
+        "finished": True,
+        "settings": _settings(config),
+        "device": _device(result.get("device")),
+    }
+    return _train(fields, common) if stage == "train" else _search(fields, common)
+
+
+def _train(fields: _Fields, common: dict[str, Any]) -> Record:
+    correct, n_test = fields.integer("metrics.test_correct"), fields.integer("n_test")
+    if not 0 <= correct <= n_test or n_test == 0:
+        raise ValueError(f"{fields.where}: {correct} correct of n_test = {n_test} is impossible")
+    numbers = {name: fields.number(f"cost.{name}", required=False) for name in _COST}
+    numbers |= {"train_seconds": fields.number("seconds"), "epochs": fields.number("epochs", required=False)}
+    numbers |= {"search_seconds": fields.number("search_seconds", required=False)}
+    numbers |= {"test_loss": fields.number("metrics.test_loss", required=False)}
+    numbers |= {"test_top5": fields.number("metrics.test_top5", required=False)}
+    weight = fields.number("bits_mean.weight", required=False)
+    activation = fields.number("bits_mean.activation", required=False)
+    quantised = weight is not None and activation is not None and (weight, activation) != (32, 32)
+    name, found, searched_bits = _architecture(common["folder"], fields)
+    network = fields.get("network") if isinstance(fields.get("network"), dict) else {}
+    size = tuple((key, network.get(key)) for key in ("init_channels", "layers", "stem", "image_size"))
+    size += tuple((key, fields.get(key)) for key in ("epochs", "n_train", "n_test"))
+    return Record(
+        **common,
+        architecture=name,
+        found=found,
+        bits=(weight, activation) if quantised else None,
+        searched_bits=searched_bits,
+        correct=correct,
+        n_test=n_test,
+        accuracy=correct / n_test,
+        numbers=numbers,
+        size=size,
+    )
+
+
+def _search(fields: _Fields, common: dict[str, Any]) -> Record:
+    names = ("exact_bitops", "exact_bitops_quantized", "expected_bitops", "target_bitops", "parameter_free_share")
+    numbers = {name: fields.number(name, required=False) for name in names}
+    numbers |= {"search_seconds": fields.number("seconds"), "epochs": fields.number("epochs", required=False)}
+    reached = fields.get("target_reached")
+    if reached is not None:
+        numbers["target_reached"] = float(bool(reached))
+    accuracy = fields.number("metrics.valid_top1", required=False)
+    return Record(**common, found=True, accuracy=accuracy, numbers=numbers, size=(("epochs", fields.get("epochs")),))
+
+
+def _unfinished(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> Record:
+    """What is known of a run that has not finished; never fails on what is not there yet."""
+    flags = _flags(config)
+    known = {**flags, **config, **result}
+    parts = folder.resolve().parent.name.split("-")
+    seed = known.get("seed")
+    return Record(
+        folder=folder,
+        stage=str(known.get("stage") or ("search" if "search" in parts else "train")),
+        method=str(known.get("method") or parts[0]),
+        dataset=str(known.get("dataset") or "?"),
+        seed=seed if isinstance(seed, int) else None,
+        finished=False,
+        progress=_progress(folder, flags.get("epochs")),
+        architecture=str(known.get("arch") or ""),
+        settings=_settings(config),
+    )
+
+
+def _progress(folder: Path, epochs: Any) -> str:
+    """How far metrics.csv has come, such as `epoch 3 of 20`; a half-written last line is passed over."""
+    try:
+        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as lines:
+            seen = [int(float(row["epoch"])) for row in csv.DictReader(lines) if (row.get("epoch") or "").strip()]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError):
+        seen = []
+    if not seen:
+        return "before its first epoch"
+    return f"in epoch {seen[-1] + 1}" + (f" of {epochs}" if isinstance(epochs, int) else "")
+
+
+def _architecture(folder: Path, fields: _Fields) -> tuple[str, bool, bool]:
+    """What the architecture is called, whether a search found it, and whether its bits were searched."""
+    text = str(fields.get("architecture") or "")
+    data = _read_object(folder / "architecture.json") if (folder / "architecture.json").is_file() else {}
+    bits = data.get("bits")
+    searched_bits = isinstance(bits, dict) and bits.get("kind") != "uniform"
+    provenance = data.get("search")
+    if isinstance(data.get("name"), str) and data["name"]:
+        return data["name"], bool(provenance), searched_bits
+    if isinstance(provenance, dict) and provenance:
+        return "found", True, searched_bits
+    return (Path(text).stem if text.endswith(".json") else Path(text).name) or "?", False, searched_bits
+
+
+def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    return config["config"] if isinstance(config.get("config"), dict) else {}
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    volatile = config.get("volatile") if isinstance(config.get("volatile"), list) else []
+    kept = {key: value for key, value in _flags(config).items() if key not in _INCIDENTAL and key not in volatile}
+    return kept | {key: True for key in _OTHER_RUNS if kept.get(key)}
+
+
+def _device(value: Any) -> str:
+    """The device as one short text: the GPUs where they were used, else the processor."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else ""
+    gpus = value.get("cuda")
+    if isinstance(gpus, list) and gpus:
+        return f"{len(gpus)} x {gpus[0]}" if len(gpus) > 1 else str(gpus[0])
+    cores = value.get("cores")
+    return ", ".join([str(value.get("cpu") or "CPU"), *([f"{cores} cores"] if cores else [])])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Typed access to a result's fields by dotted names; every error names file and field."""
+
+    data: Mapping[str, Any]
+    where: str
+
+    def get(self, name: str) -> Any:
+        at: Any = self.data
+        for part in name.split("."):
+            at = at.get(part) if isinstance(at, dict) else None
+        return at
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{self.where}: field {name} is missing or not a text")
+        return value
+
+    def integer(self, name: str) -> int:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{self.where}: field {name} is missing or not a whole number")
+        return value
+
+    def number(self, name: str, *, required: bool = True) -> float | None:
+        value = self.get(name)
+        if value is None and not required:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{self.where}: field {name} is missing or not a number")
+        return float(value)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of runs: accuracy with its uncertainty, parameters, MACs, BitOps, weight memory and time, row by row.
+
+    python report.py runs/qdarts-train/*
+    python report.py runs --format csv --out results/table.csv
+    python report.py runs --group-by method,bits
+
+Runs that differ only by their seed share a row (`--group-by run`: a row each); data sets and sizes never mix. Exit code
+1 when a folder could not be read; the others are printed all the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.engine.files import write_bytes
+from common.engine.parsing import Parser, choice
+from common.recipes.records import Record, find_runs, read_run
+from common.recipes.tables import DEFAULT_GROUPS, GROUP_FIELDS, group, to_csv, to_json, to_markdown
+
+_WRITERS = {"md": to_markdown, "csv": to_csv, "json": to_json}
+_ENDINGS = {".md": "md", ".csv": "csv", ".json": "json"}
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="report.py", usage="python report.py RUN... [flags]", description="Tables of runs.")
+    parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help="run folders, or folders that hold some")
+    parser.add_argument("--run", nargs="+", default=[], metavar="RUN", help="the same as RUN")
+    parser.add_argument("--format", type=choice(*_WRITERS), help="default: by the ending of --out, else md")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to stdout")
+    parser.add_argument(
+        "--group-by",
+        nargs="+",
+        default=list(DEFAULT_GROUPS),
+        metavar="F",
+        help=f"a row for each {', '.join(DEFAULT_GROUPS)} (default); choose among {', '.join(GROUP_FIELDS)}",
+    )
+    return parser
+
+
+def read_all(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
+    """All runs among and below `paths`, and one message for everything that could not be read."""
+    folders, problems = find_runs(paths)
+    records = []
+    for folder in folders:
+        try:
+            records.append(read_run(folder))
+        except ValueError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    paths = [Path(path) for path in (*args.runs, *args.run)]
+    if not paths:
+        parser.fail(["RUN: is missing; name run folders, or a folder that holds some, such as runs"])
+    form = args.format or _ENDINGS.get(args.out.suffix.lower() if args.out else "", "md")
+    records, problems = read_all(paths)
+    try:
+        rows = group(records, [name for entry in args.group_by for name in entry.split(",") if name])
+    except ValueError as error:
+        parser.fail([str(error)])
+    for problem in problems:
+        print(f"report.py: {problem}", file=sys.stderr)
+    if rows:
+        text = _WRITERS[form](rows)
+        try:
+            _write(text, args.out)
+        except OSError as error:
+            parser.fail([f"--out {args.out}: {error.strerror or error}; name another file"])
+    return 1 if problems or not rows else 0
+
+
+def _write(text: str, out: Path | None) -> None:
+    """To the file, in one piece, or to stdout."""
+    if out is None:
+        sys.stdout.write(text)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, text.encode())
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
