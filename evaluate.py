@@ -1,0 +1,126 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a trained run on data: loss, top-1, top-5, cost, and a table of classes.
+
+Without further flags it uses the run's own data and test set, and gives the figures of its result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common.engine.cli import Config, Parser, add_run_argument, choice, integer
+from common.recipes.flags import run_program
+
+PROG = "evaluate.py"
+
+
+def parser() -> Parser:
+    """The flags."""
+    parser = Parser(prog=PROG, description=__doc__, usage="%(prog)s RUN [flags]")
+    add_run_argument(parser, help="a training run's folder")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="FOLDER", help="one of its checkpoints (default: the newest valid one)")
+    add("--dataset", "--set", metavar="NAME", help="other data of as many classes (default: the run's own)")
+    add("--data", type=Path, metavar="DIR", help="where the data lie (default: as in the run)")
+    add("--data-module", metavar="FILE.py:FUNCTION", help="data of your own (default: as in the run)")
+    add("--split", type=choice("test", "val"), default="test", metavar="test|val", help="val: the held-out part")
+    add("--device", type=choice("auto", "cpu", "cuda"), default="auto", metavar="auto|cpu|cuda", help="where")
+    add("--threads", type=integer(1), metavar="N", help="CPU threads of torch (default: torch's choice)")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """The figures as one JSON object. Raises ValueError for what does not fit."""
+    from common.cost import network_cost
+    from common.data import evaluation_batches, hold_out
+    from common.recipes.setup import load_data, prepare_torch
+    from common.recipes.train import EVALUATION_BATCH, evaluate_network, load_trained
+
+    if config.run is None:
+        raise ValueError("RUN: is missing; give the folder of a training run")
+    device = prepare_torch(config)
+    network, trained, info = load_trained(config.run, config.checkpoint)
+    build, size = info["build"], info["data"]["image_size"]
+    own = config.dataset is None and config.data_module is None
+    data = load_data(
+        argparse.Namespace(
+            dataset=config.dataset or trained["dataset"],
+            data=config.data or (Path(trained["data"]) if own and trained["data"] else None),
+            data_module=config.data_module or (trained["data_module"] if config.dataset is None else None),
+            image_size=size,
+        ),
+        lambda text: print(text, file=sys.stderr),
+    )
+    for key, found in (("num_classes", data.info.num_classes), ("in_channels", data.info.channels)):
+        if build[key] != found:
+            raise ValueError(
+                f"--dataset {data.info.name}: has {key} {found}, the network {build[key]}; give other data"
+            )
+    split, indices = data.test, None
+    if config.split == "val":
+        if not own or not trained["val_fraction"]:
+            raise ValueError("--split val: this run held nothing out of its training set; use --split test")
+        split, indices = data.train, hold_out(data.train.labels, trained["val_fraction"], trained["seed"])[1]
+    network.to(device)
+    batches = evaluation_batches(split.to(device), data.info, EVALUATION_BATCH, device, indices=indices)
+    found = evaluate_network(network, batches, data.info.num_classes, trained["precision"])
+    counts = zip(data.info.classes, found.pop("per_class"), strict=True)
+    return {
+        "run": str(config.run),
+        "checkpoint": info["checkpoint"],
+        "epoch": info["epoch"],
+        "dataset": data.info.name,
+        "split": config.split,
+        **found,
+        "cost": network_cost(network, size).to_json(),
+        "per_class": [{"class": name, "n": n, "correct": correct} for name, (n, correct) in counts],
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """The figures as tables."""
+    cost = found["cost"]
+    lines = [
+        f"{found['run']}, epoch {found['epoch']}, on {found['dataset']} ({found['split']}, {found['n']:,} images)",
+        f"loss   {found['loss']:.4f}",
+        f"top-1  {100 * found['top1']:.2f}%  ({found['correct']} of {found['n']})",
+        f"top-5  {100 * found['top5']:.2f}%",
+        "",
+        f"parameters        {cost['parameters']:>16,}",
+        f"MACs              {cost['macs']:>16,}",
+        f"BitOps            {cost['bitops']:>16,}",
+        f"  quantised layers{cost['bitops_quantized']:>16,}",
+        f"  paper's count   {cost['bitops_paper']:>16,.0f}",
+        f"weights, bytes    {cost['weight_bytes']:>16,.0f}  (fp32 {cost['weight_bytes_fp32']:,})",
+        f"activations, bytes{cost['activation_bytes']:>16,.0f}",
+        "",
+        f"{'class':<24}{'n':>8}{'correct':>9}{'top-1':>9}",
+    ]
+    for row in found["per_class"]:
+        share = f"{100 * row['correct'] / row['n']:.2f}%" if row["n"] else "-"
+        lines.append(f"{row['class']:<24}{row['n']:>8}{row['correct']:>9}{share:>9}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the flags say; the exit code."""
+    config = parser().parse_args(argv)
+
+    def work() -> None:
+        found = evaluate(config)
+        print(json.dumps(found, indent=2) if config.json else text(found))
+
+    return run_program(work, PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
