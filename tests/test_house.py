@@ -99,6 +99,8 @@ def product() -> list[Source]:
 def room(module: str) -> str | None:
     """The room of a dotted name: common.<wing>, a method, genotypes, benchmarks or tools; None for what is not ours."""
     parts = module.split(".")
+    if parts[-1] == "__main__":  # the command of a wing stands on top, like any tool
+        return "tools"
     if parts[0] == "common":
         return ".".join(parts[:2]) if len(parts) > 1 and parts[1] in WINGS else "common"
     if parts[0] in (*METHODS, "genotypes", "benchmarks", "tests"):

@@ -43,9 +43,13 @@ class LayerShape:
 
     @property
     def paper_size(self) -> float:
-        """The reference's `size_product`, in units of one: groups ignored, input pixels over stride squared."""
-        pixels = self.in_elements / self.in_channels / self.stride
-        return self.in_channels * self.out_channels * self.kernel * pixels
+        """The reference's `size_product`, in units of one: groups ignored, input pixels over stride squared.
+
+        The reference keeps it in millions as a float32, so that its sums carry that rounding: kept here too.
+        """
+        filter_size = self.in_channels * self.out_channels * self.kernel * 1e-6 / self.stride
+        millions = filter_size * (self.in_elements / self.in_channels)
+        return torch.tensor(millions, dtype=torch.float32).item() * 1e6
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,15 @@ _READERS: dict[str, Callable[[Request], ImageData]] = {
     "cifar100": partial(load_cifar, "cifar100"),
     "folder": load_folder,
 }
+SHAPES: dict[str, tuple[int, int, int]] = {
+    "digits": (1, 16, 10),
+    "mnist": (1, 28, 10),
+    "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100),
+    "imagenet": (3, 224, 1000),
+}
+"""(channels, pixels, classes) of the sets whose sizes are known before they are read."""
+
 LEAST_SIZE, LARGEST_SIZE = 4, 1024
 
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m common.cost TARGET`: what the network of a genotype's name, an architecture file or a run costs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.cost.counting import Cost, network_cost
+from common.data import SHAPES, canonical_name
+from common.engine import read_json
+from common.engine.parsing import Config, Parser, Switch, choice, integer, one_of
+from common.nets import build_network, load_architecture
+from common.quant import SUPPORTED_BITS
+from common.recipes.flags import run_program
+
+_PAPER_SIZES = {"cifar": (36, 20), "imagenet": (48, 14)}
+
+
+def make_parser() -> Parser:
+    """The flags of `python -m common.cost`."""
+    parser = Parser(prog="python -m common.cost", description=__doc__)
+    add, bits = parser.add_argument, one_of(*SUPPORTED_BITS)
+    add("target", nargs="?", metavar="TARGET", help="a genotype's name, an architecture.json, or a run's folder")
+    add("--arch", metavar="TARGET", help="the same as the positional TARGET")
+    add("--dataset", "--set", default=None, metavar="NAME", help=f"{', '.join(SHAPES)} (default: the run's, or cifar10)")
+    add("--image-size", type=integer(4), metavar="N", help="pixels (default: the data set's)")
+    add("--classes", type=integer(1), metavar="N", help="classes (default: the data set's)")
+    add("--init-channels", type=integer(1), metavar="N", help="channels of the first cell (default: the run's, or the papers')")
+    add("--layers", type=integer(1), metavar="N", help="cells (default: the run's, or the papers')")
+    add("--wbits", type=bits, metavar="B", help="uniform weight bits in place of the architecture's own")
+    add("--abits", type=bits, metavar="B", help="uniform activation bits")
+    add("--stem-bits", type=bits, default=None, metavar="B", help="bits of the stem (default: the run's, or 32)")
+    add("--classifier-bits", type=bits, default=None, metavar="B", help="bits of the classifier (default: the run's, or 32)")
+    add("--bit-mapping", type=choice("relative", "paper"), metavar="relative|paper", help="as in train.py")
+    add("--json", action=Switch, default=False, help="one JSON object")
+    add("--per-layer", action=Switch, default=False, help="a row for every layer too")
+    return parser
+
+
+def _run_flags(target: str) -> dict[str, Any]:
+    """The flags of a run that decide its network's size, by train.py's names; {} where TARGET is no run."""
+    file = Path(target) / "config.json"
+    if not file.is_file():
+        return {}
+    record = read_json(file)
+    flags = record.get("config", {}) if isinstance(record, dict) else {}
+    if record.get("stage") == "search":  # a search stands for the network that it is searched for
+        flags = {**flags, "init_channels": flags.get("eval_init_channels"), "layers": flags.get("eval_layers")}
+    return flags
+
+
+def cost_of(config: Config) -> tuple[Cost, dict[str, Any]]:
+    """The cost, and the sizes that it holds for. Raises ValueError naming the flag or file."""
+    target = config.target or config.arch
+    if not target:
+        raise ValueError("TARGET: missing; give a genotype's name, an architecture.json, or a run's folder")
+    if (config.wbits is None) != (config.abits is None):
+        raise ValueError("--wbits and --abits: give both, or none")
+    run = _run_flags(target)
+    known = {name: value for name, value in vars(config).items() if value is not None}
+    dataset = known.get("dataset") or run.get("dataset") or "cifar10"
+    name = dataset.lower() if dataset.lower() in SHAPES else canonical_name(dataset)
+    if name not in SHAPES and not {"image_size", "classes"} <= known.keys():
+        raise ValueError(f"--dataset {name}: its sizes are not fixed; give --image-size and --classes")
+    channels, size, classes = SHAPES.get(name, (3, 0, 0))
+    size = known.get("image_size") or run.get("image_size") or size
+    stem = run.get("stem") if run.get("stem") in _PAPER_SIZES else "imagenet" if size >= 128 else "cifar"
+    widths = _PAPER_SIZES[stem]
+    sizes = {
+        "stem": stem,
+        "in_channels": channels,
+        "num_classes": known.get("classes") or classes,
+        "init_channels": known.get("init_channels") or run.get("init_channels") or widths[0],
+        "layers": known.get("layers") or run.get("layers") or widths[1],
+        "stem_bits": known.get("stem_bits") or run.get("stem_bits") or 32,
+        "classifier_bits": known.get("classifier_bits") or run.get("classifier_bits") or 32,
+    }
+    architecture = load_architecture(target)
+    if config.bit_mapping is not None:
+        architecture = architecture.with_mapping(config.bit_mapping)
+    if config.wbits is not None:
+        architecture = architecture.with_uniform_bits(config.wbits, config.abits)
+    cost = network_cost(build_network(architecture, **sizes), size)
+    return cost, {"target": target, "name": architecture.name, "dataset": name, "image_size": size, **sizes}
+
+
+def as_text(cost: Cost, sizes: dict[str, Any], per_layer: bool) -> str:
+    """The figures as aligned lines."""
+    full = cost.weight_bytes_fp32
+    rows = [
+        ("parameters", f"{cost.parameters:,} ({cost.parameters_with_auxiliary:,} with the auxiliary head)"),
+        ("MACs", f"{cost.macs:,} ({cost.macs_quantized:,} in quantised layers)"),
+        ("BitOps, exact", f"{cost.bitops / 1e9:,.4f} G"),
+        ("BitOps, quantised layers only", f"{cost.bitops_quantized / 1e9:,.4f} G"),
+        ("BitOps, paper's accounting", f"{cost.bitops_paper / 1e9:,.4f} G"),
+        ("weight memory", f"{cost.weight_bytes / 1e6:,.4f} MB ({full / cost.weight_bytes:.2f}x smaller than fp32)"),
+        ("activation memory", f"{cost.activation_bytes / 1e6:,.4f} MB (inputs of all layers, one image)"),
+    ]
+    alias = f" = {sizes['name']}" if sizes["name"] not in (None, sizes["target"]) else ""
+    head = (
+        f"{sizes['target']}{alias}: "
+        f"C={sizes['init_channels']}, {sizes['layers']} cells, {sizes['stem']} stem, "
+        f"{sizes['in_channels']}x{sizes['image_size']}x{sizes['image_size']} images, {sizes['num_classes']} classes"
+    )
+    lines = [head, *(f"  {name:<30} {value}" for name, value in rows)]
+    if per_layer:
+        lines.append(f"  {'layer':<44} {'MACs':>12} {'w':>3} {'a':>3} {'BitOps':>16} {'weight B':>10} {'input B':>10}")
+        for r in cost.layers:
+            lines.append(
+                f"  {r.name:<44} {r.macs:>12,} {r.weight_bits:>3} {r.activation_bits:>3} {r.bitops:>16,} "
+                f"{r.weight_bytes:>10,.0f} {r.activation_bytes:>10,.0f}"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the cost; exit code 2 with one line for what the user can cure."""
+    parser = make_parser()
+    config = parser.parse_args(argv)
+
+    def show() -> None:
+        cost, sizes = cost_of(config)
+        if config.json:
+            print(json.dumps({**sizes, **cost.to_json(config.per_layer)}, indent=2))
+        else:
+            print(as_text(cost, sizes, config.per_layer))
+
+    return run_program(show, "common.cost")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
