@@ -44,5 +44,5 @@ def test_bad_json_is_refused_by_name(tmp_path: Path, text: str, reason: str) -> 
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=rf"bad\.json.*{reason}"):
         read_json(path, limit=200_000 if reason == "deep" else 1000)
-    with pytest.raises(ValueError, match="missing.json"):
+    with pytest.raises(ValueError, match=r"missing\.json"):
         read_json(tmp_path / "missing.json")
