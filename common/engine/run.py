@@ -61,10 +61,12 @@ class _Identity:
     volatile: frozenset[str]
 
     def fields(self) -> dict[str, Any]:
+        """Every key that matters, with its value."""
         own = {"method": self.method, "stage": self.stage, "dataset": self.dataset, "seed": self.seed}
         return {**own, **{key: value for key, value in self.config.items() if key not in self.volatile}}
 
     def digest(self) -> str:
+        """sha256 of `fields`."""
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
 
     def difference(self, saved: Mapping[str, Any]) -> list[str]:
