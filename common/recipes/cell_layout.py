@@ -29,10 +29,10 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Chip:
-    """A short text on a coloured ground, such as `w2`; `bits` picks the colour (0: several bit-widths)."""
+    """A short text on a coloured ground, such as `w2`; `bits` are the bit-widths it stands for, smallest first."""
 
     text: str
-    bits: int
+    bits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class CellEdge:
         return "  ".join(part for part in (self.operation, " ".join(chip.text for chip in self.chips)) if part)
 
     @property
-    def bits(self) -> int | None:
-        """What colours the line: the weights' bits, 0 where the cells differ, None where nothing has bits."""
-        return self.chips[0].bits if self.chips else None
+    def bits(self) -> tuple[int, ...]:
+        """What colours the line: the weights' bit-widths over all cells, smallest first; empty: nothing has bits."""
+        return self.chips[0].bits if self.chips else ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 """Pictures of cells: operations and bit-widths on the edges, painted by graphviz or, without `dot`, by matplotlib.
 
 Both painters work without a display, from one layout (`cell_layout.py`), and write the same bytes for the same
-architecture on the same machine. Colours are chosen to stay apart for the colour-blind (Okabe and Ito, 2008).
+architecture on the same machine. Colours follow Okabe and Ito (2008), moved a little so that all of them stay apart
+for the colour-blind.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ FORMATS = ("svg", "png", "pdf")
 BIT_COLOURS: dict[int, str] = {
     1: "#882255",
     2: "#0072B2",
-    3: "#56B4E9",
-    4: "#009E73",
-    8: "#E69F00",
+    3: "#7FC8F8",
+    4: "#00A878",
+    8: "#F0B400",
     32: "#D55E00",
-    0: "#555555",
 }
-"""Colour by bit-width; 0 stands for cells of one type that differ."""
+"""Colour by bit-width."""
+MIXED_COLOUR = "#E2E6EC"
+"""Ground of a label's bits where cells of one type differ; their line has the colours of both ends of the range."""
 
 _PLAIN, _NO_WEIGHTS = "#64748B", "#9AA5B4"  # operations of a picture without bits; operations without weights
 _CONCAT, _INK, _RIM = "#C3CAD4", "#1F2937", "#475569"
@@ -93,9 +95,10 @@ def lay_out_architecture(architecture: Architecture, *, title: str | None = None
     name = (architecture.name or "") if title is None else title
     chips = [chip for cell in cells for edge in cell.edges for chip in edge.chips]
     chips += [chip for cell in cells for entry in cell.inputs for chip in entry]
-    legend = [
-        (_legend_text(bits), colour) for bits, colour in BIT_COLOURS.items() if any(chip.bits == bits for chip in chips)
-    ]
+    shown = {bits for chip in chips for bits in chip.bits}
+    legend = [(_legend_text(bits), colour) for bits, colour in BIT_COLOURS.items() if bits in shown]
+    if any(len(chip.bits) > 1 for chip in chips):
+        legend.append(("differs from cell to cell", MIXED_COLOUR))
     if legend and any(not edge.chips for cell in cells for edge in cell.edges):
         legend.append(("no weights", _NO_WEIGHTS))
     return lay_out(cells, title=name, legend=legend)
@@ -159,16 +162,14 @@ def _layers_of(layers: Mapping[str, Bits], kind: str, part: str) -> list[Bits]:
 
 
 def _chips(pairs: Sequence[Bits]) -> tuple[Chip, ...]:
-    """`w...` and `a...` of one place in all cells of a type; each coloured by its bits, grey (0) where they differ."""
+    """`w...` and `a...` of one place in all cells of a type; with all their bit-widths."""
     if not pairs:
         return ()
     columns = zip("wa", zip(*pairs, strict=True), strict=True)
-    return tuple(Chip(letter + bits_text(bits), bits[0] if len(set(bits)) == 1 else 0) for letter, bits in columns)
+    return tuple(Chip(letter + bits_text(bits), tuple(sorted(set(bits)))) for letter, bits in columns)
 
 
 def _legend_text(bits: int) -> str:
-    if bits == 0:
-        return "differs from cell to cell"
     return "32 bits (float)" if bits == 32 else f"{bits} bit{'s' if bits > 1 else ''}"
 
 
@@ -201,12 +202,17 @@ def _on(colour: str) -> str:
     return "#FFFFFF" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#000000"
 
 
-def _line_colour(line: Line, drawing: Drawing) -> str:
+def _chip_colour(chip: Chip) -> str:
+    return BIT_COLOURS[chip.bits[0]] if len(chip.bits) == 1 else MIXED_COLOUR
+
+
+def _line_colours(line: Line, drawing: Drawing) -> list[str]:
+    """One colour, or those of the fewest and the most bits where cells differ."""
     if line.edge is None:
-        return _CONCAT
-    if line.edge.bits is None:
-        return _NO_WEIGHTS if drawing.legend else _PLAIN
-    return BIT_COLOURS[line.edge.bits]
+        return [_CONCAT]
+    if not line.edge.bits:
+        return [_NO_WEIGHTS if drawing.legend else _PLAIN]
+    return list(dict.fromkeys(BIT_COLOURS[bits] for bits in (line.edge.bits[0], line.edge.bits[-1])))
 
 
 def _spline(line: Line) -> tuple[list[tuple[float, float]], tuple[float, float]]:
@@ -302,8 +308,8 @@ def _graphviz_ground(graph: Any, drawing: Drawing) -> None:
 def _graphviz_chips(chips: Sequence[Chip]) -> str:
     """Chips as the cells of a graphviz table's row."""
     return "".join(
-        f'<td bgcolor="{BIT_COLOURS[chip.bits]}" width="{chip_width(chip):.0f}">'
-        f'<font color="{_on(BIT_COLOURS[chip.bits])}" face="{_MONO}" point-size="11">{chip.text}</font></td>'
+        f'<td bgcolor="{_chip_colour(chip)}" width="{chip_width(chip):.0f}">'
+        f'<font color="{_on(_chip_colour(chip))}" face="{_MONO}" point-size="11">{chip.text}</font></td>'
         for chip in chips
     )
 
@@ -325,18 +331,18 @@ def _graphviz_node(graph: Any, node: Node, height: float) -> None:
 
 def _graphviz_line(graph: Any, line: Line, drawing: Drawing) -> None:
     curve, tip = _spline(line)
-    height, colour = drawing.height, _line_colour(line, drawing)
+    height, colours = drawing.height, _line_colours(line, drawing)
     pos = f"e,{_at(tip, height)} " + " ".join(_at(point, height) for point in curve)
     if line.edge is None or line.tag is None:
-        graph.edge(line.tail, line.head, pos=pos, color=colour, penwidth="1.1", arrowsize="0.7")
+        graph.edge(line.tail, line.head, pos=pos, color=colours[0], penwidth="1.1", arrowsize="0.7")
         return
     label = (
         f'<<table border="1" cellborder="0" cellspacing="3" cellpadding="1" bgcolor="white" style="rounded" '
-        f'color="{colour}" width="{line.tag.width:.0f}" height="{TAG_HEIGHT:.0f}">'
+        f'color="{colours[0]}" width="{line.tag.width:.0f}" height="{TAG_HEIGHT:.0f}">'
         f"<tr><td>{html.escape(line.edge.operation)}</td>{_graphviz_chips(line.edge.chips)}</tr></table>>"
     )
     graph.edge(
-        line.tail, line.head, pos=pos, label=label, lp=_at((line.tag.x, line.tag.y), height), color=colour,
+        line.tail, line.head, pos=pos, label=label, lp=_at((line.tag.x, line.tag.y), height), color=":".join(colours),
         penwidth="1.6", arrowsize="0.7", tooltip=line.edge.label, labeltooltip=line.edge.label,
     )  # fmt: skip
 
@@ -364,7 +370,7 @@ def _paint_matplotlib(drawing: Drawing, form: str) -> bytes:
         if drawing.title:
             _mpl_text(axes, drawing.width / 2, 20, drawing.title, 15, weight="bold")
         for line in drawing.lines:
-            _mpl_line(axes, line, _line_colour(line, drawing))
+            _mpl_line(axes, line, _line_colours(line, drawing))
         for node in drawing.nodes:
             _mpl_node(axes, node)
             shift = CHIPS_HEIGHT / 2 if node.chips else 0.0
@@ -402,26 +408,34 @@ def _mpl_text(axes: Any, x: float, y: float, text: str, size: float, **how: Any)
 def _mpl_chips(axes: Any, left: float, y: float, chips: Sequence[Chip]) -> None:
     """Chips in a row, the first one's left rim at `left`."""
     for chip in chips:
-        width, colour = chip_width(chip), BIT_COLOURS[chip.bits]
+        width, colour = chip_width(chip), _chip_colour(chip)
         _mpl_box(axes, Box(left + width / 2, y, width, 15), colour, colour, 1)
         _mpl_text(axes, left + width / 2, y, chip.text, 11, color=_on(colour), family="DejaVu Sans Mono")
         left += width + 3
 
 
-def _mpl_line(axes: Any, line: Line, colour: str) -> None:
+def _mpl_line(axes: Any, line: Line, colours: Sequence[str]) -> None:
     from matplotlib.patches import PathPatch, Polygon
     from matplotlib.path import Path as Curve
 
     curve, tip = _spline(line)
     codes = [Curve.MOVETO, *[Curve.CURVE4] * (len(curve) - 1)]
-    axes.add_patch(PathPatch(Curve(curve, codes), fill=False, edgecolor=colour, linewidth=1.6 if line.edge else 1.1))
+    width = 1.6 if line.edge else 1.1
+    for index, colour in enumerate(colours):  # two colours: the second as dashes on the first
+        style = "-" if index == 0 else (0, (4, 4))
+        path = Curve(curve, codes)
+        axes.add_patch(
+            PathPatch(
+                path, fill=False, edgecolor=colour, linewidth=width * (1.4 if colours[1:] else 1), linestyle=style
+            )
+        )
     dx, dy = (tip[0] - curve[-1][0]) / ARROW, (tip[1] - curve[-1][1]) / ARROW
     wings = [(curve[-1][0] - side * dy * 2.5, curve[-1][1] + side * dx * 2.5) for side in (-1, 1)]
-    axes.add_patch(Polygon([tip, *wings], closed=True, facecolor=colour, edgecolor="none"))
+    axes.add_patch(Polygon([tip, *wings], closed=True, facecolor=colours[0], edgecolor="none"))
     if line.edge is None or line.tag is None:
         return
     tag = line.tag
-    _mpl_box(axes, tag, "white", colour, 6)
+    _mpl_box(axes, tag, "white", colours[0], 6)
     left = tag.x - tag.width / 2 + 5
     _mpl_text(axes, left, tag.y, line.edge.operation, 11, ha="left", family="DejaVu Sans Mono")
     _mpl_chips(axes, left + 4 + LETTER_WIDTH * len(line.edge.operation), tag.y, line.edge.chips)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.py on run folders written by hand: what stands in a row, what is never mixed, what is said of broken ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+import report
+from tests.helpers.fake_runs import COST, architecture_json, search_result, train_result, write_run
+
+TWO_BITS = {"kind": "uniform", "uniform": [2, 2]}
+FOUND = {"method": "qdarts", "dataset": "digits", "seed": 0}
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `report.py ARGV`."""
+    try:
+        code = report.main([str(word) for word in argv])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def objects(capsys: pytest.CaptureFixture[str], *argv: Any) -> list[dict[str, Any]]:
+    code, out, err = run(capsys, *argv, "--format", "json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def cells(markdown: str) -> list[dict[str, str]]:
+    """The rows of all tables as dicts by their headers."""
+    rows: list[dict[str, str]] = []
+    header: list[str] = []
+    for line in markdown.splitlines():
+        if not line.startswith("|"):
+            header = []
+            continue
+        parts = [part.strip() for part in line.strip("|").split(" | ")]
+        if not header:
+            header = parts
+        elif set("".join(parts)) - set("-: |"):
+            rows.append(dict(zip(header, parts, strict=True)))
+    return rows
+
+
+def uniform(folder: Path, correct: int, seed: int = 0, **changes: Any) -> Path:
+    return write_run(
+        folder,
+        train_result(correct, seed, **changes),
+        config={"wbits": 2},
+        architecture=architecture_json("PC_DARTS_cifar", bits=TWO_BITS),
+    )
+
+
+def test_one_run_a_row_with_its_wilson_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = uniform(tmp_path / "a", 343)
+    (row,) = objects(capsys, folder)
+    wanted = stats.binomtest(343, 360).proportion_ci(0.95, method="wilson")
+    assert row["accuracy"] == 343 / 360 and row["interval"] == "wilson"
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx((wanted.low, wanted.high))
+    assert {key: row[key] for key in ("parameters", "macs", "bitops", "bitops_quantized", "bitops_paper")} == {
+        key: COST[key] for key in ("parameters", "macs", "bitops", "bitops_quantized", "bitops_paper")
+    }
+    assert (row["weight_bytes"], row["weight_bytes_fp32"]) == (20_480, 244_000)
+    assert (row["weight_bits"], row["activation_bits"], row["n"], row["seeds"]) == (2, 2, 1, [0])
+    assert (row["train_seconds"], row["search_seconds"], row["device"]) == (61.5, None, "Test CPU, 2 cores")
+    code, out, _ = run(capsys, folder)
+    (shown,) = cells(out)
+    assert code == 0
+    assert shown == {
+        "architecture": "PC_DARTS_cifar",
+        "w/a": "2/2",
+        "accuracy %": "95.3 [92.6-97.0]",
+        "params M": "0.061",
+        "MACs M": "2.35",
+        "BitOps M": "41.2/35.1/39.0",
+        "memory kB": "20.5 (8%)",
+        "time s": "62",
+        "n": "1",
+    }
+    assert "digits, 16x16, 360 test images" in out and "seed 0" in out and "Test CPU" in out
+
+
+def test_table_fits_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uniform(tmp_path / "two", 343)
+    fp32 = dict(COST, bitops=2_401_280_000, bitops_quantized=0, bitops_paper=2_301_280_000)
+    write_run(
+        tmp_path / "fp", train_result(cost=fp32, bits_mean=None), architecture=architecture_json("PC_DARTS_cifar")
+    )
+    write_run(
+        tmp_path / "found",
+        train_result(bits_mean={"weight": 2.31, "activation": 2.9}, search_seconds=131.0, architecture="runs/x"),
+        architecture=architecture_json(None, bits={"kind": "cells"}, search=FOUND),
+    )
+    _, out, _ = run(capsys, tmp_path / "found", tmp_path / "fp", tmp_path / "two")
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 115
+    found, fp, two = cells(out)  # in the order in which they were named
+    assert (found["architecture"], found["w/a"], found["time s"]) == ("found", "2.3/2.9", "131+62")
+    assert (fp["w/a"], fp["BitOps M"]) == ("fp32", "2401/0/2301")
+    assert two["w/a"] == "2/2"
+
+
+def test_seeds_share_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    correct = [340, 343, 352]
+    for seed, number in enumerate(correct):
+        uniform(tmp_path / f"s{seed}", number, seed, seconds=60.0 + seed)
+    (row,) = objects(capsys, tmp_path)
+    values = [number / 360 for number in correct]
+    wanted = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
+    assert (row["n"], row["seeds"], row["interval"], row["train_seconds"]) == (3, [0, 1, 2], "student", 61)
+    assert row["accuracy"] == pytest.approx(sum(values) / 3)
+    assert row["accuracy_std"] == pytest.approx(stats.tstd(values))
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(wanted)
+    _, out, _ = run(capsys, tmp_path)
+    assert cells(out)[0]["accuracy %"] == f"{100 * sum(values) / 3:.2f} ± {100 * stats.tstd(values):.2f}"
+    _, out, _ = run(capsys, tmp_path, "--group-by", "run")
+    assert [row["seed"] for row in cells(out)] == ["0", "1", "2"]
+
+
+def test_found_architectures_of_several_seeds_share_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, bits in enumerate((2.2, 2.6)):
+        write_run(
+            tmp_path / f"s{seed}",
+            train_result(345, seed, bits_mean={"weight": bits, "activation": 3.0}, search_seconds=100.0 + 10 * seed),
+            config={"arch": f"runs/search-{seed}", "teacher": f"runs/fp-{seed}"},
+            architecture=architecture_json(None, bits={"kind": "cells"}, search=FOUND | {"seed": seed}),
+        )
+    (row,) = objects(capsys, tmp_path)
+    assert row["n"] == 2 and row["weight_bits"] == pytest.approx(2.4) and row["search_seconds"] == 105
+
+
+def test_data_sets_and_sizes_are_never_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = train_result()["network"]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"dataset": "mnist"},
+        {"network": network | {"image_size": 8}},
+        {"network": network | {"init_channels": 16}},
+        {"epochs": 40},
+        {"n_train": 700},
+    ]
+    for k, change in enumerate(changes):
+        uniform(tmp_path / f"r{k}", 340 + k, k, **change)
+    for arguments in ((), ("--group-by", "method"), ("--group-by", "method,bits")):
+        rows = objects(capsys, tmp_path, *arguments)
+        assert [row["n"] for row in rows] == [1] * len(changes)
+    _, out, _ = run(capsys, tmp_path)
+    assert out.count("### ") == 4  # two data sets, and digits in two image sizes and with fewer images
+    wide = [row["architecture"] for row in cells(out) if "init_channels" in row["architecture"]]
+    assert any("init_channels=16" in text for text in wide)
+
+
+def test_other_settings_are_told_apart_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        write_run(tmp_path / f"a{seed}", train_result(340, seed), config={"drop_path": 0.0, "save": f"x{seed}"})
+        write_run(tmp_path / f"b{seed}", train_result(341, seed), config={"drop_path": 0.2, "save": f"y{seed}"})
+    first, second = objects(capsys, tmp_path)
+    assert (first["n"], first["differs"]) == (2, "drop_path=0.0")
+    assert (second["n"], second["differs"]) == (2, "drop_path=0.2")
+    assert len(objects(capsys, tmp_path, "--group-by", "method", "bits")) == 1
+
+
+def test_search_has_a_row_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "search", search_result(3))
+    code, out, _ = run(capsys, folder)
+    (row,) = cells(out)
+    assert code == 0 and "digits: searches" in out
+    assert (row["run"], row["seed"], row["validation %"], row["BitOps M"]) == ("search", "3", "95.1", "40.0")
+    assert (row["target"], row["reached"], row["free ops"], row["search s"]) == ("41.2", "yes", "25%", "122")
+    missed = write_run(tmp_path / "missed", search_result(target_reached=False, exact_bitops=90_000_000))
+    plain = write_run(tmp_path / "plain", search_result(target_bitops=None, target_reached=None))
+    _, out, _ = run(capsys, missed, plain)
+    assert [row["reached"] for row in cells(out)] == ["no", "-"]
+
+
+def test_unfinished_runs_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uniform(tmp_path / "done", 343)
+    identity = {"method": "qdarts", "stage": "train", "dataset": "digits", "arch": "PC_DARTS", "epochs": 20}
+    begun = write_run(tmp_path / "begun", None, config=identity)
+    (begun / "metrics.csv").write_text("step,epoch,train_loss\n22,0,1.2\n44,1,0.9\n50,")
+    write_run(tmp_path / "new", None, config=identity | {"stage": "search"})
+    write_run(tmp_path / "said", train_result(finished=False), config=identity)
+    code, out, err = run(capsys, tmp_path)
+    assert code == 0 and not err
+    marked = [row for row in cells(out) if "not finished" in row.values()]
+    assert len(marked) == 3
+    assert "begun (in epoch 2 of 20)" in out and "new (before its first epoch)" in out
+    rows = objects(capsys, tmp_path)
+    assert [row["finished"] for row in rows].count(False) == 3
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ('{"schema": 1, "method', "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[1, 2]", "expected a JSON object"),
+        (train_result(schema=2), "schema 2"),
+        (train_result(stage="dance"), "stage"),
+        (train_result(metrics={"test_top1": 0.9}), "metrics.test_correct"),
+        (train_result(seconds="long"), "seconds"),
+        (train_result(361), "361 correct"),
+        (train_result(n_test=None), "n_test"),
+        (train_result(cost={"bitops": "many"}), "cost.bitops"),
+        (train_result(dataset=None), "dataset"),
+    ],
+)
+def test_broken_runs_have_one_line_and_the_others_print(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], result: Any, words: str
+) -> None:
+    good = uniform(tmp_path / "good", 343)
+    bad = write_run(tmp_path / "bad", result)
+    code, out, err = run(capsys, bad, good, tmp_path / "nowhere")
+    assert code == 1 and len(cells(out)) == 1
+    lines = err.splitlines()
+    assert len(lines) == 2 and "nowhere: no such folder" in err
+    (line,) = [line for line in lines if str(bad) in line]
+    assert words in line
+
+
+def test_broken_side_files_are_named_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = uniform(tmp_path / "a", 343)
+    (folder / "architecture.json").write_text("{")
+    assert "architecture.json" in run(capsys, folder)[2]
+    (folder / "architecture.json").unlink()
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00")
+    assert "config.json" in run(capsys, folder)[2]
+    (folder / "config.json").unlink()
+    assert run(capsys, folder)[0] == 0  # a result alone is enough
+    (tmp_path / "nothing").mkdir()
+    code, out, err = run(capsys, tmp_path / "nothing")
+    assert code == 1 and not out and "holds no run" in err
+
+
+def test_folders_above_runs_and_repeated_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = uniform(tmp_path / "runs" / "qdarts-train" / "a", 343)
+    uniform(tmp_path / "runs" / ".hidden" / "b", 343)
+    rows = objects(capsys, tmp_path / "runs", folder, "--run", folder)
+    assert len(rows) == 1 and rows[0]["runs"] == [str(folder)]
+
+
+def test_csv_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uniform(tmp_path / "runs" / "a", 343)
+    write_run(tmp_path / "runs" / "s", search_result())
+    _, out, _ = run(capsys, tmp_path / "runs", "--format", "csv")
+    train, search = csv.DictReader(io.StringIO(out))
+    assert (train["stage"], train["bitops"], train["test_correct"]) == ("train", "41230000", "343")
+    assert (search["stage"], search["exact_bitops"], search["bitops"]) == ("search", "40000000", "")
+    target = tmp_path / "deep" / "table.csv"
+    code, said, _ = run(capsys, tmp_path / "runs", "--out", target)
+    assert code == 0 and said == f"wrote {target}\n" and target.read_text() == out
+    assert [path.name for path in target.parent.iterdir()] == ["table.csv"]
+
+
+def test_wrong_flags_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uniform(tmp_path / "a", 343)
+    for argv, words in (
+        ((), "RUN"),
+        ((tmp_path, "--group-by", "method,bit"), "'bit'"),
+        ((tmp_path, "--format", "xml"), "xml"),
+        ((tmp_path, "--fromat", "md"), "did you mean --format"),
+    ):
+        code, out, err = run(capsys, *argv)
+        assert code == 2 and words in err and not out
+
+
+def test_help_as_a_program_is_quick_and_imports_no_torch(root: Path) -> None:
+    code = "import sys, report\ntry: report.main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--group-by" in done.stdout, done.stderr
