@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A relaxed network written edge by edge from the papers, slow on purpose: the truth that the production one is held to.
+"""A relaxed network written edge by edge from the papers, slow on purpose: the production one is held to it.
 
-One convolution, one batch norm and one quantiser per operation and edge, NCHW, ordinary autograd. It shares no line with
-common/: DARTS, PC-DARTS and the quantised PC-DARTS follow ../oracles/README.md (straight-through rule) and the papers.
+One convolution, one batch norm and one quantiser per operation and edge, NCHW, ordinary autograd. It shares no line
+with common/: DARTS, PC-DARTS and the quantised PC-DARTS follow ../oracles/README.md (straight-through rule) and the papers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ OPERATIONS = (
     "dil_conv_5x5",
 )
 QUANTISED = ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
+ROWS = {"normal": QUANTISED[1:], "reduce": QUANTISED}  # the primitives with a gamma row: a normal skip has no weights
 HWGQ_STEP = {1: 0.799, 2: 0.538, 3: 0.3217, 4: 0.185}
 GAUSS_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.336}
 TINY = 1e-9
@@ -59,16 +60,16 @@ def eight_bits_reference(x: Tensor) -> Tensor:
     if float(low.min()) >= -0.05:
         scale = ((high - low) / 255).clamp_min(1e-12)
         value = torch.round(flat / scale).clamp(0, 255) * scale
-        mask = (flat >= 0) & (flat <= 255 * scale)
+        mask = (flat >= 0) & (flat <= high - low)
     else:
         scale = (2 * torch.maximum(low.abs(), high.abs()) / 255).clamp_min(1e-12)
-        value = ((torch.round(x.detach() / scale + 0.5) - 0.5) * scale).clamp(-127 * scale, 127 * scale)
+        value = ((torch.round(flat / scale + 0.5) - 0.5) * scale).clamp(-127 * scale, 127 * scale)
         mask = (x.detach() >= -127 * scale) & (x.detach() <= 127 * scale)
     return straight_through(x, value, mask.to(x.dtype))
 
 
 class MixedConv(nn.Conv2d):
-    """A convolution of softmax-weighted quantised activations and weights; `logits` = (activation, weight) set by its cell."""
+    """A convolution of softmax-weighted quantised operands; its cell sets `logits` = (activation, weight)."""
 
     def __init__(self, *args: int, bits: tuple[int, ...] | None, scheme: str, **kwargs: int) -> None:
         super().__init__(*args, bias=False, **kwargs)
@@ -83,7 +84,7 @@ class MixedConv(nn.Conv2d):
             return eight_bits_reference(x)
         batch = x.detach().amax().clamp_min(0)
         if self.training and self.update_range:
-            self.maximum.copy_(batch if self.maximum < 0 else 0.9 * self.maximum + 0.1 * batch)
+            self.maximum.copy_(batch if self.maximum < 0 else self.maximum + 0.1 * (batch - self.maximum))
         top = self.maximum.clone() if self.maximum >= 0 else batch
         scale = top / 255 if top > 0 else torch.ones_like(top)
         flat = torch.where(x.abs() < TINY, torch.zeros_like(x), x).detach()
@@ -303,7 +304,7 @@ def beta_weights(logits: Tensor, nodes: int) -> Tensor:
 
 
 class PlainSupernet(nn.Module):
-    """The relaxed network; bits None is full precision; gammas as common.nets promises: one row per name of QUANTISED."""
+    """The relaxed network; bits None is full precision; gammas as common.nets promises: one row per name of ROWS."""
 
     def __init__(
         self,
@@ -329,17 +330,16 @@ class PlainSupernet(nn.Module):
             c_pp = c_p = 3 * c
             self.stem = nn.Sequential(nn.Conv2d(in_channels, c_p, 3, padding=1, bias=False), nn.BatchNorm2d(c_p))
         else:
-            c_pp = c_p = c
+            c_pp = c_p = width = 3 * c  # the search multiplies the stem here too; the oracle counts it so
             self.stem0 = nn.Sequential(
-                nn.Conv2d(in_channels, c // 2, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(c // 2),
+                nn.Conv2d(in_channels, width // 2, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width // 2),
                 nn.ReLU(),
-                nn.Conv2d(c // 2, c, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(c),
+                nn.Conv2d(width // 2, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
             )
-            self.stem1 = nn.Sequential(
-                nn.ReLU(), nn.Conv2d(c, c, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c)
-            )
+            conv = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
+            self.stem1 = nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(width))
         self.cells = nn.ModuleList()
         after = stem == "imagenet"
         for i in range(layers):
@@ -361,7 +361,7 @@ class PlainSupernet(nn.Module):
         for kind, reduction in (("normal", False), ("reduce", True)):
             cells = sum(cell.reduction == reduction for cell in self.cells)
             for what in ("activation", "weight"):
-                shape = (cells, edges, len(QUANTISED), choices)
+                shape = (cells, edges, len(ROWS[kind]), choices)
                 self.gammas[f"{kind}_{what}"] = nn.Parameter(1e-3 * torch.randn(shape))
                 for p in (0, 1):
                     self.gammas[f"{kind}_{what}_preprocess{p}"] = nn.Parameter(1e-3 * torch.randn(cells, choices))
@@ -393,7 +393,7 @@ class PlainSupernet(nn.Module):
                 for conv in getattr(cell, f"preprocess{p}").convolutions:
                     conv.logits = tuple(self.gammas[f"{kind}_{w}_preprocess{p}"][n] for w in ("activation", "weight"))
             for e, edge in enumerate(cell.edges):
-                for row, name in enumerate(QUANTISED):
+                for row, name in enumerate(ROWS[kind]):
                     for conv in edge.candidates[name].convolutions:
                         conv.logits = tuple(self.gammas[f"{kind}_{w}"][n, e, row] for w in ("activation", "weight"))
 
@@ -402,7 +402,7 @@ class PlainSupernet(nn.Module):
         return [m for m in self.modules() if isinstance(m, MixedConv)]
 
     def complexity(self) -> Tensor:
-        """The reference's complexity (needs a forward pass before): sum size E[a] E[w] / size of the first convolution."""
+        """The reference's complexity, after a forward pass: sum of size E[a] E[w] over the first convolution's size."""
         self.bind_gammas()
         total = torch.zeros((), dtype=torch.float64)
         for conv in self.mixed_convolutions():
@@ -427,7 +427,8 @@ class PlainSupernet(nn.Module):
         return self.classifier(s1.mean(dim=(2, 3)))
 
 
-REFERENCE_SLOTS = (5, 0, 1, 2, 3)  # the reference's slot of each row of QUANTISED: skip_connect wraps round to the last
+# the reference's slot of each row of ROWS: skip_connect wraps round to the last
+REFERENCE_SLOTS = {"normal": (0, 1, 2, 3), "reduce": (5, 0, 1, 2, 3)}
 REFERENCE_NAMES = {"normal": "n", "reduce": "r", "activation": "activ", "weight": "weight"}
 
 
@@ -447,16 +448,17 @@ def fill_reference_gammas(model: nn.Module) -> nn.Module:
             gamma.copy_(wave(index * index).reshape(gamma.shape))
         else:
             cells, edges, rows, choices = gamma.shape
-            assert rows == len(REFERENCE_SLOTS)
+            slots = REFERENCE_SLOTS[key.split("_")[0]]
+            assert rows == len(slots)
             index = torch.arange(cells * edges * 6 * choices, dtype=torch.float64)
             full = wave(index * index).reshape(cells, edges, 6, choices)
-            gamma.copy_(full[:, :, list(REFERENCE_SLOTS)])
+            gamma.copy_(full[:, :, list(slots)])
     return model
 
 
 @torch.no_grad()
 def copy_into(plain: PlainSupernet, supernet: nn.Module) -> None:
-    """Copy weights, batch norms of stem, classifier, alphas, betas and gammas of the plain network into the production one."""
+    """Copy stem, classifier, convolutions, alphas, betas and gammas of the plain network into the production one."""
     for name in ("stem", "stem0", "stem1", "classifier"):
         if hasattr(plain, name):
             mine, theirs = getattr(plain, name), getattr(supernet, name)

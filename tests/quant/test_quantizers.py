@@ -229,3 +229,15 @@ def test_running_range() -> None:
     assert ranges(batch * 100).item() == pytest.approx(4.4)
     ranges.train()
     assert ranges(batch).item() == pytest.approx(0.9 * 4.4 + 0.1 * 4)
+
+
+def test_the_largest_value_lies_inside_its_own_range() -> None:
+    """Bounds are inclusive: rounding of the scale must not shut the maximum out (values where it would, often)."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        for _ in range(50):
+            x = torch.rand(2, 3, 4, 4, generator=generator, dtype=dtype)
+            x[0, :, 0, 0] = 0.0
+            for scheme in ("hwgq", "reference"):
+                _, gradient = value_and_gradient(lambda v, s=scheme: quant.quantize_activation(v, 8, s), x)
+                assert torch.allclose(gradient, torch.ones_like(gradient))
