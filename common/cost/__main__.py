@@ -26,15 +26,28 @@ def make_parser() -> Parser:
     add, bits = parser.add_argument, one_of(*SUPPORTED_BITS)
     add("target", nargs="?", metavar="TARGET", help="a genotype's name, an architecture.json, or a run's folder")
     add("--arch", metavar="TARGET", help="the same as the positional TARGET")
-    add("--dataset", "--set", default=None, metavar="NAME", help=f"{', '.join(SHAPES)} (default: the run's, or cifar10)")
+    add(
+        "--dataset", "--set", default=None, metavar="NAME", help=f"{', '.join(SHAPES)} (default: the run's, or cifar10)"
+    )
     add("--image-size", type=integer(4), metavar="N", help="pixels (default: the data set's)")
     add("--classes", type=integer(1), metavar="N", help="classes (default: the data set's)")
-    add("--init-channels", type=integer(1), metavar="N", help="channels of the first cell (default: the run's, or the papers')")
+    add(
+        "--init-channels",
+        type=integer(1),
+        metavar="N",
+        help="channels of the first cell (default: the run's, or the papers')",
+    )
     add("--layers", type=integer(1), metavar="N", help="cells (default: the run's, or the papers')")
     add("--wbits", type=bits, metavar="B", help="uniform weight bits in place of the architecture's own")
     add("--abits", type=bits, metavar="B", help="uniform activation bits")
     add("--stem-bits", type=bits, default=None, metavar="B", help="bits of the stem (default: the run's, or 32)")
-    add("--classifier-bits", type=bits, default=None, metavar="B", help="bits of the classifier (default: the run's, or 32)")
+    add(
+        "--classifier-bits",
+        type=bits,
+        default=None,
+        metavar="B",
+        help="bits of the classifier (default: the run's, or 32)",
+    )
     add("--bit-mapping", type=choice("relative", "paper"), metavar="relative|paper", help="as in train.py")
     add("--json", action=Switch, default=False, help="one JSON object")
     add("--per-layer", action=Switch, default=False, help="a row for every layer too")

@@ -127,9 +127,7 @@ class ExpectedCost(nn.Module):
             module = preprocess(plain_convolution, nn.BatchNorm2d, plan.before_last, plan.channels, halve)
         return self._size(trace_layers(module, (plan.before_last, *(size * (2 if halve else 1),) * 2))[0])
 
-    def _tables(
-        self, name: str, supernet: Supernet, cells: list[tuple[int, CellPlan, int]], width: int
-    ) -> None:
+    def _tables(self, name: str, supernet: Supernet, cells: list[tuple[int, CellPlan, int]], width: int) -> None:
         """Buffers `{name}_{kind}` [edges, primitives, searched cells] and `{name}_inputs` [searched cells, 2]: cost at
         one bit; and, once, the gamma rows of their entries.
 
@@ -263,8 +261,10 @@ class ExpectedCost(nn.Module):
 
     def term(self, supernet: Supernet) -> Tensor:
         """What a loss adds, times --complexity-decay: 2489.3 x C / C0, or with uniform weighting the complexity."""
-        value = self.complexity(supernet) if self.weighting == "uniform" else (
-            REFERENCE_COMPLEXITY * self._total(supernet, hard=False) / self.initial
+        value = (
+            self.complexity(supernet)
+            if self.weighting == "uniform"
+            else (REFERENCE_COMPLEXITY * self._total(supernet, hard=False) / self.initial)
         )
         return value.to(supernet.alphas_normal.dtype)
 

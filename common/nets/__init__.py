@@ -20,10 +20,8 @@ __all__ = [
     "CellBits",
     "Network",
     "Supernet",
-
     "build_network",
     "build_supernet",
-
     "genotype_from_json",
     "genotype_to_json",
     "load_architecture",

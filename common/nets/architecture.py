@@ -81,7 +81,9 @@ def map_cells(searched: list[bool], grown: list[bool], mapping: str) -> list[int
             raise ValueError(f"bits.cells: the network has {name} cells but none was searched; search with more layers")
     if mapping == "paper":
         if len(by_type[False]) != 6 or len(by_type[True]) != 2:
-            raise ValueError("--bit-mapping paper: needs the bits of 6 normal and 2 reduction cells (a search of 8 cells)")
+            raise ValueError(
+                "--bit-mapping paper: needs the bits of 6 normal and 2 reduction cells (a search of 8 cells)"
+            )
         sources = []
         for i, kind in enumerate(grown):
             before = sum(1 for k in grown[:i] if k == kind)
@@ -151,7 +153,7 @@ class Architecture:
         return path
 
     @staticmethod
-    def from_json(data: Any, source: str = "architecture") -> Architecture:  # noqa: ANN401 - unchecked JSON
+    def from_json(data: Any, source: str = "architecture") -> Architecture:
         """Read and validate the object of an architecture.json; every error names `source` and the field."""
         try:
             return _from_json(data)
@@ -186,7 +188,7 @@ def _bits_to_json(policy: BitPolicy) -> dict[str, Any]:
     return {"kind": "cells", "mapping": policy.mapping, "cells": cells}
 
 
-def _object(data: Any, where: str, required: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # noqa: ANN401
+def _object(data: Any, where: str, required: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, found {type(data).__name__}")
     if missing := required - data.keys():
@@ -196,7 +198,7 @@ def _object(data: Any, where: str, required: set[str], optional: set[str] = froz
     return data
 
 
-def _list(data: Any, where: str) -> list[Any]:  # noqa: ANN401
+def _list(data: Any, where: str) -> list[Any]:
     if not isinstance(data, list):
         raise ValueError(f"{where}: expected a list, found {type(data).__name__}")
     if len(data) > 10_000:
@@ -204,23 +206,25 @@ def _list(data: Any, where: str) -> list[Any]:  # noqa: ANN401
     return data
 
 
-def _integer(value: Any, where: str) -> int:  # noqa: ANN401
+def _integer(value: Any, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{where}: expected an integer, found {value!r}")
     return value
 
 
-def _bits(data: Any, where: str) -> Bits:  # noqa: ANN401
+def _bits(data: Any, where: str) -> Bits:
     pair = _list(data, where)
     if len(pair) != 2:
         raise ValueError(f"{where}: expected [weight bits, activation bits], found {data!r}")
     for value in pair:
         if _integer(value, where) not in SUPPORTED_BITS:
-            raise ValueError(f"{where}: {value} bits are not supported; choose among {', '.join(map(str, SUPPORTED_BITS))}")
+            raise ValueError(
+                f"{where}: {value} bits are not supported; choose among {', '.join(map(str, SUPPORTED_BITS))}"
+            )
     return pair[0], pair[1]
 
 
-def _pairs(data: Any, where: str) -> tuple[tuple[str, int], ...]:  # noqa: ANN401
+def _pairs(data: Any, where: str) -> tuple[tuple[str, int], ...]:
     pairs = []
     for k, entry in enumerate(_list(data, where)):
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
@@ -229,7 +233,7 @@ def _pairs(data: Any, where: str) -> tuple[tuple[str, int], ...]:  # noqa: ANN40
     return tuple(pairs)
 
 
-def genotype_from_json(data: Any, where: str = "genotype") -> Genotype:  # noqa: ANN401
+def genotype_from_json(data: Any, where: str = "genotype") -> Genotype:
     """Read a genotype written by genotype_to_json; raises ValueError naming the field."""
     data = _object(data, where, {"normal", "normal_concat", "reduce", "reduce_concat"})
     concat = {
@@ -244,7 +248,7 @@ def genotype_from_json(data: Any, where: str = "genotype") -> Genotype:  # noqa:
     )
 
 
-def _policy_from_json(data: Any) -> BitPolicy:  # noqa: ANN401
+def _policy_from_json(data: Any) -> BitPolicy:
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "uniform":
         return BitPolicy(uniform=_bits(_object(data, "bits", {"kind", "uniform"})["uniform"], "bits.uniform"))
@@ -291,7 +295,7 @@ def _check_cells(genotype: Genotype, cells: tuple[CellBits, ...]) -> None:
                 raise ValueError(f"bits.cells[{k}].operations[{n}]: missing bits for {primitive}")
 
 
-def _from_json(data: Any) -> Architecture:  # noqa: ANN401
+def _from_json(data: Any) -> Architecture:
     data = _object(data, "architecture", {"schema", "space", "genotype", "bits"}, {"search", "name"})
     if data["schema"] != SCHEMA:
         raise ValueError(f"schema: {data['schema']!r} is not {SCHEMA}, the one this version reads")

@@ -81,7 +81,7 @@ def output_channels(plans: Sequence[CellPlan], normal_multiplier: int = 4, reduc
 def check_image_size(size: int, stem: str) -> None:
     """Raise ValueError unless every stride-2 step of the network halves the image exactly."""
     factor = 4 if stem == "cifar" else 32
-    if size < 2 * factor and stem == "cifar" or size < factor or size % factor:
+    if (size < 2 * factor and stem == "cifar") or size < factor or size % factor:
         least = 8 if stem == "cifar" else 32
         raise ValueError(
             f"--image-size: {size} does not fit the {stem} stem, whose network halves it {factor.bit_length() - 1} times; "
@@ -141,7 +141,9 @@ def validate_genotype(genotype: Genotype, known: Sequence[str], where: str = "ge
     for cell in ("normal", "reduce"):
         pairs, concat = getattr(genotype, cell), getattr(genotype, f"{cell}_concat")
         if not pairs or len(pairs) % 2:
-            raise ValueError(f"{where}.{cell}: expected two (primitive, state) pairs per node, found {len(pairs)} pairs")
+            raise ValueError(
+                f"{where}.{cell}: expected two (primitive, state) pairs per node, found {len(pairs)} pairs"
+            )
         for position, (primitive, state) in enumerate(pairs):
             if primitive not in known or primitive == "none":
                 raise ValueError(
@@ -154,4 +156,6 @@ def validate_genotype(genotype: Genotype, known: Sequence[str], where: str = "ge
                 )
         states = 2 + len(pairs) // 2
         if not concat or len(set(concat)) != len(concat) or any(not 0 <= s < states for s in concat):
-            raise ValueError(f"{where}.{cell}_concat: {list(concat)} must list different states between 0 and {states - 1}")
+            raise ValueError(
+                f"{where}.{cell}_concat: {list(concat)} must list different states between 0 and {states - 1}"
+            )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.nets.architecture import Architecture, Bits, BitPolicy, CellBits
+from common.nets.architecture import Architecture, BitPolicy, Bits, CellBits
 from common.nets.darts_space import CellPlan, check_image_size, output_channels, plan_cells
 from common.nets.operations import OPERATIONS, ConvFactory, drop_path, plain_convolution, preprocess
 from common.quant import FLOAT_BITS, QuantConv2d, QuantLinear, step_parameters
@@ -22,13 +22,13 @@ _FLOAT: Bits = (FLOAT_BITS, FLOAT_BITS)
 class Cell(nn.Module):
     """One chosen cell: two input operations, two operations per node, the concatenation of the listed states."""
 
-    def __init__(self, architecture: Architecture, plan: CellPlan, make_conv: partial[QuantConv2d], bits: CellBits) -> None:
+    def __init__(
+        self, architecture: Architecture, plan: CellPlan, make_conv: partial[QuantConv2d], bits: CellBits
+    ) -> None:
         super().__init__()
         genotype = architecture.genotype
         pairs, concat = (
-            (genotype.reduce, genotype.reduce_concat)
-            if plan.reduction
-            else (genotype.normal, genotype.normal_concat)
+            (genotype.reduce, genotype.reduce_concat) if plan.reduction else (genotype.normal, genotype.normal_concat)
         )
         channels = plan.channels
         self.preprocess0 = preprocess(
@@ -90,7 +90,9 @@ def cifar_stem(channels: int, in_channels: int, conv: ConvFactory) -> nn.Sequent
     return nn.Sequential(conv(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels))
 
 
-def imagenet_stems(channels: int, in_channels: int, conv: ConvFactory, inner: ConvFactory) -> tuple[nn.Module, nn.Module]:
+def imagenet_stems(
+    channels: int, in_channels: int, conv: ConvFactory, inner: ConvFactory
+) -> tuple[nn.Module, nn.Module]:
     """The two ImageNet stems: to 1/4 and to 1/8 of the resolution; `inner` makes the convolutions after the first."""
     first = nn.Sequential(
         conv(in_channels, channels // 2, 3, stride=2, padding=1),
@@ -196,7 +198,8 @@ def _cell_bits(architecture: Architecture, plans: list[CellPlan]) -> list[CellBi
     pair = policy.uniform if policy is not None and policy.uniform is not None else _FLOAT
     genotype = architecture.genotype
     return [
-        CellBits(p.reduction, pair, pair, (pair,) * len(genotype.reduce if p.reduction else genotype.normal)) for p in plans
+        CellBits(p.reduction, pair, pair, (pair,) * len(genotype.reduce if p.reduction else genotype.normal))
+        for p in plans
     ]
 
 

@@ -33,8 +33,16 @@ from common.nets.darts_space import (
     read_genotype,
 )
 from common.nets.network import STEMS, cifar_stem, imagenet_stems
-from common.nets.operations import OPERATIONS, DilConv, FactorizedReduce, SepConv, plain_convolution, preprocess
-from common.quant import SCHEMES, SUPPORTED_BITS, MixedActivation, MixedQuantConv2d, frozen_ranges, mix, mix_weights
+from common.nets.operations import OPERATIONS, FactorizedReduce, plain_convolution, preprocess
+from common.quant import (
+    SCHEMES,
+    SUPPORTED_BITS,
+    MixedActivation,
+    MixedQuantConv2d,
+    frozen_ranges,
+    mix_levels,
+    mix_weights,
+)
 from genotypes import PRIMITIVES, Genotype
 
 METHODS = ("darts", "pc-darts")
@@ -71,6 +79,7 @@ class ConvStack(nn.Module):
         self.members = list(members)  # a plain list: the modules belong to their candidates
         self.rows = None if rows is None else list(rows)
         self.position, self.edges = position, len(members)
+        self.bits = getattr(members[0], "bits", ())
         self.in_channels, self.groups = first.in_channels, first.groups * len(members)
         self.stride, self.padding, self.dilation = first.stride, first.padding, first.dilation
         index = torch.tensor([0] if rows is None else list(rows))
@@ -80,7 +89,7 @@ class ConvStack(nn.Module):
         """Mix the input's levels by the members' activation gammas, then convolve all members at once."""
         if isinstance(x, list):
             assert bank.activation is not None
-            x = mix(x, bank.activation.index_select(0, self.row_index), self.in_channels)
+            x = mix_levels(x, bank.activation.index_select(0, self.row_index), self.in_channels, self.bits)
         elif x.shape[1] != self.edges * self.in_channels:
             x = x.repeat(1, self.edges, 1, 1)
         weight = bank.weights[self.position]
@@ -222,7 +231,12 @@ class SupernetCell(nn.Module):
     def __init__(self, builder: _CellBuilder) -> None:
         super().__init__()
         plan = builder.plan
-        self.reduction, self.nodes, self.channels, self.width = plan.reduction, builder.nodes, plan.channels, builder.width
+        self.reduction, self.nodes, self.channels, self.width = (
+            plan.reduction,
+            builder.nodes,
+            plan.channels,
+            builder.width,
+        )
         self.partial, self.multiplier = builder.supernet.partial, builder.supernet.multiplier
         self.preprocess0 = preprocess(builder.conv, _norm, plan.before_last, plan.channels, plan.reduction_before)
         self.preprocess1 = preprocess(builder.conv, _norm, plan.last, plan.channels, False)
@@ -344,7 +358,9 @@ class Supernet(nn.Module):
         if stem == "cifar":
             self.stem: nn.Module = cifar_stem(3 * init_channels, in_channels, plain_convolution)
         else:
-            self.stem0, self.stem1 = imagenet_stems(3 * init_channels, in_channels, plain_convolution, plain_convolution)
+            self.stem0, self.stem1 = imagenet_stems(
+                3 * init_channels, in_channels, plain_convolution, plain_convolution
+            )
         registry = _Registry()
         make_conv = None
         if bits is not None:
@@ -366,7 +382,8 @@ class Supernet(nn.Module):
             for kind, stride in (("normal", 1), ("reduce", 2))
         }
         self.cells_of = {
-            kind: tuple(p.index for p in self.plans if p.reduction == (kind == "reduce")) for kind in ("normal", "reduce")
+            kind: tuple(p.index for p in self.plans if p.reduction == (kind == "reduce"))
+            for kind in ("normal", "reduce")
         }
         self.gammas = nn.ParameterDict()
         self._offset: dict[str, int] = {}
@@ -386,7 +403,9 @@ class Supernet(nn.Module):
 
     @staticmethod
     def _table_order(operand: str) -> list[str]:
-        return [f"{kind}_{operand}{part}" for kind in ("normal", "reduce") for part in ("_preprocess0", "_preprocess1", "")]
+        return [
+            f"{kind}_{operand}{part}" for kind in ("normal", "reduce") for part in ("_preprocess0", "_preprocess1", "")
+        ]
 
     def _kind(self, cell: int) -> tuple[str, int]:
         kind = "reduce" if self.plans[cell].reduction else "normal"
@@ -439,7 +458,10 @@ class Supernet(nn.Module):
         alphas = {False: self.alphas_normal.softmax(-1), True: self.alphas_reduce.softmax(-1)}
         betas: dict[bool, Tensor | None] = {False: None, True: None}
         if self.betas_normal is not None and self.betas_reduce is not None:
-            betas = {False: edge_softmax(self.betas_normal, self.nodes), True: edge_softmax(self.betas_reduce, self.nodes)}
+            betas = {
+                False: edge_softmax(self.betas_normal, self.nodes),
+                True: edge_softmax(self.betas_reduce, self.nodes),
+            }
         if self.stem_kind == "cifar":
             before_last = last = self.stem(x)
         else:
@@ -534,6 +556,9 @@ def build_supernet(
         raise ValueError(f"stem {stem!r}, scheme {scheme!r}: stems are {STEMS}, schemes {SCHEMES}")
     if not 1 <= multiplier <= nodes:
         raise ValueError(f"--multiplier: {multiplier} of {nodes} nodes cannot be concatenated; choose 1 to {nodes}")
+    for what, value in (("classes", num_classes), ("image channels", in_channels), ("--init-channels", init_channels)):
+        if value < 1:
+            raise ValueError(f"{what}: {value} must be at least 1")
     if layers < 3:
         raise ValueError(f"--layers: {layers} leave no room for a normal cell and two reductions; use at least 3")
     width = init_channels // (partial if method == "pc-darts" else 1)

@@ -8,6 +8,7 @@ from common.quant.layers import (
     QuantLinear,
     frozen_ranges,
     mix,
+    mix_levels,
     mix_weights,
     step_parameters,
 )

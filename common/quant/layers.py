@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from common.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
     FLOAT_BITS,
+    LOW_BITS,
     WEIGHT_QUANTIZERS,
+    ZERO,
     LsqQuantizer,
     RunningMaximum,
     check_bits,
+    hwgq_bound,
+    hwgq_level,
+    hwgq_mask,
     make_quantizer,
     quantize_activation,
     quantize_weight,
+    reference8,
 )
 
 
@@ -97,6 +103,76 @@ class QuantLinear(nn.Linear):
         return F.linear(self.quantize_activation(x), self.quantize_weight(self.weight), self.bias)
 
 
+class _MixedHwgq(torch.autograd.Function):
+    """sum_b p_b Q_b(x) for HWGQ bit-widths. Saves x and p alone; the backward quantises again.
+
+    x [N, c] shared by all groups, or [N, groups * c]; p [groups, bits] -> [N, groups * c]. Rows are pixels, so that
+    every product runs along dense channels; the shared form is one matrix product with a matrix that spreads each
+    level over the groups. Under create_graph the backward is the plain expression, to be differentiated again.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, p)
+        ctx.channels, ctx.bits = channels, bits
+        if _is_shared(x, p, channels):
+            return torch.cat(_values(x, bits), 1) @ _spread(p, channels)
+        mixed: Tensor | None = None
+        for value, weight in zip(_values(x, bits), p.t().repeat_interleave(channels, 1), strict=True):
+            mixed = value.mul_(weight) if mixed is None else mixed.addcmul_(value, weight)
+        assert mixed is not None
+        return mixed
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, p = ctx.saved_tensors
+        channels, bits = ctx.channels, ctx.bits
+        twice = torch.is_grad_enabled()
+        values = [quantize_activation(x, b) for b in bits] if twice else _values(x, bits)
+        if _is_shared(x, p, channels):
+            per_level = (gradient @ _spread(p, channels).t()).split(channels, 1)
+            parts = [torch.where(hwgq_mask(x, b), g, 0.0) for b, g in zip(bits, per_level, strict=True)]
+            outer = (torch.cat(values, 1).t() @ gradient).view(len(bits), channels, p.shape[0], channels)
+            return _sum(parts), outer.diagonal(dim1=1, dim2=3).sum(-1).t(), None, None
+        p_gradient = torch.stack([(gradient * value).sum(0).view(-1, channels).sum(1) for value in values], 1)
+        factor: Tensor | float = 0.0
+        passed = p.flip(1).cumsum(1).flip(1) if list(bits) == sorted(bits) else None
+        for position in reversed(range(len(bits))):
+            if passed is None:  # bit-widths out of order: their ranges do not nest by position
+                weight = p[:, position].repeat_interleave(channels)
+                factor = factor + torch.where(hwgq_mask(x, bits[position]), weight, 0.0)
+            else:  # fewer bits reach less far: below a range's end, it and all wider ones pass
+                factor = torch.where(
+                    x <= hwgq_bound(bits[position]), passed[:, position].repeat_interleave(channels), factor
+                )
+        if passed is not None:
+            factor = torch.where(x > -ZERO, factor, 0.0)
+        return gradient * factor, p_gradient, None, None
+
+
+def _is_shared(x: Tensor, p: Tensor, channels: int) -> bool:
+    return x.shape[1] == channels and p.shape[0] > 1
+
+
+def _values(x: Tensor, bits: tuple[int, ...]) -> list[Tensor]:
+    """HWGQ of x at every bit-width, without gradient."""
+    levels = (hwgq_level(x, b) for b in bits)
+    return [codes.mul_(step) for codes, step in levels]
+
+
+def _spread(p: Tensor, channels: int) -> Tensor:
+    """[bits * c, groups * c]: level b of channel k goes to channel k of group g with weight p[g, b]."""
+    eye = torch.eye(channels, dtype=p.dtype, device=p.device)
+    return (p.t()[:, None, :, None] * eye[None, :, None, :]).reshape(p.shape[1] * channels, -1)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
 class MixedActivation(nn.Module):
     """The mixture sum_b p_b Q_b(x) of an activation tensor over the bit-widths under search.
 
@@ -111,18 +187,36 @@ class MixedActivation(nn.Module):
         self.bits, self.groups, self.scheme, self.signed = bits, groups, scheme, signed_activations
         self.range = RunningMaximum(groups, signed_activations) if 8 in bits and scheme == "default" else None
 
+        self.fused = all(b in LOW_BITS for b in bits)
+
     def levels(self, x: Tensor) -> list[Tensor]:
-        """Q_b(x) for every bit-width b, each of x's shape [B, groups * c, H, W]."""
+        """What `mix_levels` takes: Q_b(x) for every bit-width b, each of x's shape [B, groups * c, H, W]; or x itself
+        where quantising and mixing are one function.
+        """
+        if self.fused:
+            return [x]
         maximum = self.range(x) if self.range is not None else None
-        scheme = "reference" if self.scheme == "reference" else "hwgq"
-        return [
-            quantize_activation(x, b, scheme, maximum if b == 8 else None, self.signed and b == 8 and maximum is not None)
-            for b in self.bits
-        ]
+        return [self._level(x, b, maximum) for b in self.bits]
+
+    def _level(self, x: Tensor, bits: int, maximum: Tensor | None) -> Tensor:
+        if bits == 8 and self.scheme == "reference":
+            return reference8(x, (0, 2, 3), self.groups)
+        return quantize_activation(x, bits, maximum=maximum if bits == 8 else None, signed=self.signed and bits == 8)
 
     def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
         """x [B, groups * c, H, W], probabilities [groups, bits] -> the mixture, of x's shape."""
-        return mix(self.levels(x), probabilities, x.shape[1] // self.groups)
+        return mix_levels(self.levels(x), probabilities, x.shape[1] // self.groups, self.bits)
+
+
+def mix_levels(levels: list[Tensor], probabilities: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
+    """The mixture of what MixedActivation.levels returned, with probabilities [groups, bits]; see `mix`."""
+    if len(levels) == 1 and all(b in LOW_BITS for b in bits):
+        x = levels[0]
+        batch, _, height, width = x.shape
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        mixed = _MixedHwgq.apply(pixels, probabilities, channels, bits)
+        return mixed.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return mix(levels, probabilities, channels)
 
 
 def mix(levels: list[Tensor], probabilities: Tensor, channels: int) -> Tensor:

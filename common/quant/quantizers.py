@@ -29,7 +29,7 @@ LOW_BITS = tuple(HWGQ_STEP)
 SUPPORTED_BITS = (*LOW_BITS, 8, FLOAT_BITS)
 SCHEMES = ("default", "reference")
 
-_ZERO = 1e-9  # |x| below this is zero: exact cancellations must not depend on the summation order
+ZERO = 1e-9  # |x| below this is zero: exact cancellations must not depend on the summation order
 _TINY = 1e-12  # no scale is smaller: an all-zero tensor or channel must not divide 0 by 0
 _RANGE_MOMENTUM = 0.1  # weight of the newest batch in a running maximum
 
@@ -38,12 +38,12 @@ class _StraightThrough(torch.autograd.Function):
     """Forward a quantised value, backward the gradient where the mask is true (everywhere when it is None)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
         return value
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
         return gradient if mask is None else gradient * mask, None, None
 
@@ -65,12 +65,26 @@ def _check_scheme(scheme: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"scheme: {scheme!r} is unknown; choose among {', '.join(known)}")
 
 
-def _hwgq(x: Tensor, bits: int) -> Tensor:
+def hwgq_bound(bits: int) -> float:
+    """The largest level of HWGQ."""
+    return HWGQ_STEP[bits] * (2**bits - 1)
+
+
+def hwgq_level(x: Tensor, bits: int) -> tuple[Tensor, float]:
+    """HWGQ of x as (codes 0 .. 2^bits - 1 in x's type, step): the value is codes x step. No gradient."""
     step = HWGQ_STEP[bits]
-    bound = step * (2**bits - 1)
+    return x.detach().clamp(0, hwgq_bound(bits)).div_(step).round_(), step
+
+
+def hwgq_mask(x: Tensor, bits: int) -> Tensor:
+    """Where HWGQ passes its gradient: 0 <= x <= the largest level, bounds inclusive."""
+    return (x > -ZERO) & (x <= hwgq_bound(bits))
+
+
+def _hwgq(x: Tensor, bits: int) -> Tensor:
     with torch.no_grad():
-        value = (x.clamp(0, bound) / step).round_() * step
-        mask = (x > -_ZERO) & (x <= bound)
+        codes, step = hwgq_level(x, bits)
+        value, mask = codes.mul_(step), hwgq_mask(x, bits)
     return straight_through(x, value, mask)
 
 
@@ -82,25 +96,29 @@ def _uniform(x: Tensor, bits: int, maximum: Tensor, signed: bool) -> Tensor:
         maximum = maximum.to(x.dtype).clamp_min(_TINY)
         scale = maximum / top
         value = (x / scale).round_().clamp_(bottom, top) * scale
-        mask = (x >= -maximum if signed else x > -_ZERO) & (x <= maximum)
+        mask = (x >= -maximum if signed else x > -ZERO) & (x <= maximum)
     return straight_through(x, value, mask)
 
 
-def _reference8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+def reference8(x: Tensor, dims: tuple[int, ...], groups: int = 1) -> Tensor:
     """8 bits as the reference: a scale per channel of dimension 1, non-negative or mid-rise symmetric by the data.
 
     `dims` are the reduced dimensions. The reference takes the non-negative branch when the smallest value is at
-    least -0.05 and then spreads 255 steps over max - min from zero (its unused zero point clips the top).
+    least -0.05 and then spreads 255 steps over max - min from zero (its unused zero point clips the top). With
+    `groups` > 1 the channels are that many tensors side by side, and each takes its own branch.
     """
     with torch.no_grad():
+        near = torch.where(x.abs() < ZERO, 0.0, x)  # mid-rise levels jump at zero
         low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
         step = ((high - low) / 255).clamp_min(_TINY)
-        unsigned = (x / step).round_().clamp_(0, 255) * step
+        unsigned = (near / step).round_().clamp_(0, 255) * step
         half = (2 * torch.maximum(low.abs(), high.abs()) / 255).clamp_min(_TINY)
-        symmetric = (((x / half + 0.5).round_() - 0.5).clamp_(-127, 127)) * half
-        non_negative = x.min() >= -0.05
+        symmetric = (((near / half + 0.5).round_() - 0.5).clamp_(-127, 127)) * half
+        least = low.view(groups, -1).amin(1).repeat_interleave(low.numel() // groups).view_as(low)
+        non_negative = least >= -0.05
         value = torch.where(non_negative, unsigned, symmetric)
-        inside = torch.where(non_negative, (x > -_ZERO) & (x <= 255 * step), x.abs() <= 127 * half)
+        # high - low, not 255 * step: rounding would shut the largest value out of its own inclusive bound
+        inside = torch.where(non_negative, (x > -ZERO) & (x <= high - low), x.abs() <= 127 * half)
     return straight_through(x, value, inside)
 
 
@@ -118,15 +136,20 @@ def activation_maximum(x: Tensor, signed: bool = False, groups: int = 1) -> Tens
 
 
 def quantize_activation(
-    x: Tensor, bits: int, scheme: str = "hwgq", maximum: Tensor | float | None = None, signed: bool = False
+    x: Tensor,
+    bits: int,
+    scheme: str = "hwgq",
+    maximum: Tensor | float | None = None,
+    signed: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """Fake-quantise an activation tensor [B, C, ...] to `bits` bits.
 
     `hwgq`: 1 to 4 bits on the fixed half-wave Gaussian grid {0, s, ..., (2^b - 1) s}; 8 bits uniform on
     [0, maximum], per tensor. `signed` gives a symmetric grid of 2^b - 1 levels on [-maximum, maximum] instead, at 2
     to 8 bits (images, the classifier's input). Where a maximum is needed and none is given it is x's own.
-    `reference`: the same at 1 to 4 bits, the reference's per-channel form at 8. 32 bits return x.
-    Raises ValueError for an unknown scheme or bit-width.
+    `reference`: the same at 1 to 4 bits, the reference's per-channel form at 8. 32 bits return x. `groups` tensors may
+    stand side by side on the channels. Raises ValueError for an unknown scheme or bit-width.
     """
     _check_scheme(scheme, ("hwgq", "reference"))
     check_bits(bits)
@@ -137,9 +160,11 @@ def quantize_activation(
     if bits in LOW_BITS and not signed:
         return _hwgq(x, bits)
     if scheme == "reference" and not signed:
-        return _reference8(x, tuple(d for d in range(x.dim()) if d != 1))
+        return reference8(x, tuple(d for d in range(x.dim()) if d != 1), groups)
     if maximum is None:
-        maximum = activation_maximum(x, signed)
+        maximum = activation_maximum(x, signed, groups)
+        if groups > 1:
+            maximum = maximum.repeat_interleave(x.shape[1] // groups).view(1, -1, 1, 1)
     return _uniform(x, bits, torch.as_tensor(maximum, device=x.device), signed)
 
 
@@ -162,7 +187,7 @@ def quantize_weight(w: Tensor, bits: int, scheme: str = "gaussian", stacked: boo
         stack = w if stacked else w.unsqueeze(0)
         if stack.dim() == 3:  # a linear layer: [n, out, in]
             stack = stack[..., None, None]
-        values = torch.stack([_reference8(one, (0, 2, 3)) for one in stack])
+        values = torch.stack([reference8(one, (0, 2, 3)) for one in stack])
         return values.reshape(w.shape)
     with torch.no_grad():
         scale = (w.abs().amax(tuple(range(first + 1, w.dim())), keepdim=True) / 127).clamp_min(_TINY)
@@ -248,8 +273,8 @@ class WeightQuantizer(nn.Module):
 class LsqQuantizer(nn.Module):
     """Learned step size quantisation (Esser et al., LSQ, ICLR 2020, equations 1 to 5), 2 to 4 and 8 bits.
 
-    `signed` (weights, images): levels -2^(b-1) .. 2^(b-1) - 1; otherwise 0 .. 2^b - 1. The step is a parameter, set from
-    the first tensor seen to 2 mean|v| / sqrt(Q_P), its gradient scaled by 1 / sqrt(numel Q_P), numel per sample for
+    `signed` (weights, images): levels -2^(b-1) .. 2^(b-1) - 1; otherwise 0 .. 2^b - 1. The step is a parameter, set
+    from the first tensor seen to 2 mean|v| / sqrt(Q_P), its gradient scaled by 1 / sqrt(numel Q_P), numel per sample for
     activations. 1 bit is refused.
     """
 
@@ -258,7 +283,9 @@ class LsqQuantizer(nn.Module):
     def __init__(self, bits: int, *, scheme: str = "default", signed: bool = False, per_sample: bool = True) -> None:
         super().__init__()
         if bits not in self.bits_allowed:
-            raise ValueError(f"bits: lsq supports {self.bits_allowed} bits, not {bits} (1 bit has no learned step here)")
+            raise ValueError(
+                f"bits: lsq supports {self.bits_allowed} bits, not {bits} (1 bit has no learned step here)"
+            )
         self.bits, self.signed, self.per_sample = bits, signed, per_sample
         self.top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         self.bottom = -(2 ** (bits - 1)) if signed else 0
@@ -298,7 +325,6 @@ def lsq(x: Tensor, step: Tensor, bottom: int, top: int, gradient_scale: float) -
 
 
 QuantizerFactory = Callable[..., nn.Module]
-
 
 
 def _signed_at_8(bits: int, *, scheme: str = "default", signed: bool = False) -> ActivationQuantizer:
