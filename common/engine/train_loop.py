@@ -151,7 +151,7 @@ class _Training:
     ) -> None:
         self.network, self.stream, self.settings, self.criterion = network, stream, settings, criterion
         self.teacher, self.evaluate, self.run, self.extra_state = teacher, evaluate, run, dict(extra_state)
-        self.forward = forward or network
+        self.forward = network if forward is None else forward
         self.parameters = list(network.parameters())
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(network, settings)
@@ -267,6 +267,7 @@ class _Training:
             self.best = {"epoch": self.epoch + 1, "row": self.row, "model": weights}
         self.epoch, self.step = self.epoch + 1, 0
         self.meter.reset()
+        self.guard.end_of_step(count=False)  # the emptied meter is the good state now
         if self.epoch == self.settings.epochs and self.best is not None:
             # The last checkpoint holds the weights that are tested, whatever the selection.
             self.network.load_state_dict(self.best["model"])

@@ -29,8 +29,8 @@ from common.nets import Architecture, Network, build_network, load_architecture
 from common.recipes.setup import load_data, prepare_torch, shorten, stem_of
 
 EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's output depend on its batch
-# What a network may have and the one whose weights it starts from may lack, by a part of the name.
-_OPTIONAL = ("auxiliary_head.", "step", "maximum", "initialized")
+# What a network may have and the one whose weights it starts from may lack: learned steps and running ranges.
+_OPTIONAL = (".step", ".maximum", ".ready")
 
 
 @dataclass
@@ -156,7 +156,7 @@ def _start_from(network: Network, run: Path) -> str:
 
 
 def _optional(name: str) -> bool:
-    return any(part in name for part in _OPTIONAL)
+    return name.startswith("auxiliary_head.") or name.endswith(_OPTIONAL)
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

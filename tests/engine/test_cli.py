@@ -144,23 +144,8 @@ def test_ignored_flags_are_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_all_errors_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [
-        "--batchsize",
-        "3",
-        "--cd=-1",
-        "--bits",
-        "2",
-        "5",
-        "--method",
-        "foo",
-        "--epochs",
-        "3",
-        "--init-channels",
-        "6",
-        "--seed",
-        "stray",
-    ]
-    err = refused(capsys, search, *argv)
+    line = "--batchsize 3 --cd=-1 --bits 2 5 --method foo --epochs 3 --init-channels 6 --seed stray"
+    err = refused(capsys, search, *line.split())
     wanted = (
         "--batchsize: there is no such flag; did you mean --batch-size?",
         "--cd: -1.0 is out of range",

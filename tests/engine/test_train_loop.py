@@ -246,6 +246,23 @@ def test_a_bad_step_changes_nothing_and_stops(tmp_path: Path) -> None:
         assert torch.equal(found[0]["model"][name], tensor), name
 
 
+def test_a_bad_first_step_of_an_epoch_after_a_resume(tmp_path: Path) -> None:
+    settings = TrainSettings(epochs=3, learning_rate=0.1, log_every=3)
+    folder = Folder(tmp_path)
+
+    def stop(step: int) -> None:
+        if step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        go(make(), folder, settings=settings, on_step=stop)
+    with pytest.raises(NonFiniteError, match=r"step 8 \(epoch 3, step 1 of 4\)"):
+        go(make(), folder, settings=settings, stream=Noise(bad=(2, 0)))
+    found = folder.checkpoints.latest()
+    assert found is not None and (found[0]["epoch"], found[0]["step"], found[1]["step"]) == (2, 0, 8)
+    assert int(found[0]["meter"]["count"].sum()) == 0
+
+
 def test_other_data_are_refused(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     go(make(), folder)
