@@ -3,7 +3,8 @@
 
 MACs are multiply-accumulates of convolutions and linear layers for one image, groups counted (torch's FlopCounterMode
 gives twice as many). BitOps = MACs x weight bits x activation bits, full precision being 32 x 32. The `paper` figure
-is the group-blind count of nablaQDARTS's public code (Cin Cout k k Hin Win / stride^2), kept to compare with its tables.
+is the group-blind count of nablaQDARTS's public code (Cin Cout k k Hin Win / stride^2), kept to compare with its
+tables.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ one, and its sign tells the way. The multiplier is the controller between them.
 What it controls is an integrator: logits sum up what the multiplier pushes, and the cost answers only where an argmax
 flips. An integral controller on top of an integrator swings for ever, so the multiplier itself is proportional,
 ``mu = gain * clamp(error / width, -1, 1)`` with ``error = log(exact / target)``, and what is integrated is the gain:
-it grows while the error stays outside the width with one sign (the push is too weak: logits far from their
-flipping point, or the loss pushes back), is cut at every change of sign (the push was too strong), and decays
-inside. That finds the scale of the push within a few dozens of steps, whatever the learning rates are, keeps
-a standing error against a standing push of the loss within the width, and winds nothing up: at the target the
+it grows while the error stays outside the width (the push is too weak: logits far from their flipping point, or the
+loss pushes back), is halved when the cost swings through the target from far off (the push was too strong), and
+decays inside. That finds the scale of the push within some dozens of steps, whatever the learning rates are, keeps a
+standing error against a standing push of the loss within the width, and winds nothing up: at the target the
 multiplier is zero. It is negative below the target, where spending is rewarded: the loss alone hardly moves gammas.
 
-The error is smoothed a little, since two operations at a tie make the cost jump back and forth.
+A change of one operation can move the cost by a fifth, in the last step too. So in the last part of the search, from
+the first step on at which the cost is right, the architecture is held and only the bits go on.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class TargetController(nn.Module):
         width: relative error at which the push saturates, well inside the band.
         gain_limits: least and greatest push; the greatest bounds what a burst does to the alphas, whose optimiser
             remembers it for a thousand steps.
+        smoothing: weight of the newest error in the smoothed one.
+        hold_from: share of the search after which ``hold`` (1.0: take no architecture step) may be raised.
 
     Raises:
         ValueError: a target that cannot be reached, with the two ends of what can.
@@ -61,8 +64,9 @@ class TargetController(nn.Module):
         *,
         total_steps: int,
         width: float = 0.04,
-        gain_limits: tuple[float, float] = (0.05, 100.0),
+        gain_limits: tuple[float, float] = (0.2, 100.0),
         smoothing: float = 0.3,
+        hold_from: float = 0.85,
     ) -> None:
         super().__init__()
         if not cost.cheapest <= target <= cost.dearest:
@@ -70,14 +74,16 @@ class TargetController(nn.Module):
                 f"--target-bitops {target:.4g}: this search reaches {cost.cheapest:.4g} to {cost.dearest:.4g} BitOps "
                 f"(--eval-init-channels, --eval-layers and --bits set these ends); give a target between them"
             )
-        self.cost, self.target, self.width, self.smoothing = cost, float(target), width, smoothing
-        self.gain_limits = gain_limits
+        # In a list: the cost is a module of its own, whose buffers belong to no checkpoint.
+        self._cost = [cost]
+        self.target, self.width, self.smoothing, self.gain_limits = float(target), width, smoothing, gain_limits
         # A factor of 100 within a tenth of the search, but never faster than momentum (.9: ten steps) answers.
-        self.growth = min(math.exp(math.log(100) / max(1.0, 0.1 * total_steps)), 1.04)
-        for name in ("multiplier", "gain", "error", "exact"):
+        self.log_growth = min(math.log(100) / max(1.0, 0.1 * total_steps), math.log(1.04))
+        self.hold_step = hold_from * total_steps
+        for name in ("multiplier", "error", "peak", "exact", "steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
-        self.register_buffer("started", torch.zeros((), dtype=torch.float64))
-        self.gain.fill_(1.0)
+        self.register_buffer("gain", torch.ones((), dtype=torch.float64))
+        self.register_buffer("hold", torch.zeros((), dtype=torch.float32))
 
     @torch.no_grad()
     def update(self, model: nn.Module, moving: bool = True) -> None:
@@ -86,25 +92,27 @@ class TargetController(nn.Module):
         ``moving``: whether the architecture moves yet. Before that the gain rests: an accidental first genotype
         must not drive the bits to an end from which they would have to come back.
         """
-        exact = self.cost.exact(model).to(self.exact.dtype)
-        error = (exact / self.target).log()
-        former = self.error
-        smooth = torch.where(self.started > 0, former + self.smoothing * (error - former), error)
-        outside = smooth.abs() > self.width
-        crossed = (smooth * former < 0) & (self.started > 0)
+        exact = self._cost[0].exact(model).to(self.exact.dtype)
+        raw = (exact / self.target).log()
+        # Smoothed a little: two operations at a tie make the cost jump back and forth.
+        error = torch.where(self.steps > 0, self.error + self.smoothing * (raw - self.error), raw)
+        crossed = error * self.error < 0
         if moving:
-            factor = torch.where(outside, self.growth, 1 / self.growth)
-            factor = torch.where(crossed, 0.5, factor)
-            self.gain.mul_(factor).clamp_(*self.gain_limits)
+            exponent = (error.abs() / self.width - 1).clamp(-0.5, 2.0) * self.log_growth
+            swung = crossed & (self.peak > 2 * self.width)
+            self.gain.mul_(torch.where(swung, 0.5, exponent.exp())).clamp_(*self.gain_limits)
+        self.peak.copy_(torch.where(crossed, error.abs(), torch.maximum(self.peak, error.abs())))
         self.exact.copy_(exact)
-        self.error.copy_(smooth)
-        self.started.fill_(1.0)
-        self.multiplier.copy_(self.gain * (smooth / self.width).clamp(-1, 1))
+        self.error.copy_(error)
+        self.steps += 1
+        on_target = (raw.abs() < self.width) & (self.steps >= self.hold_step)
+        self.hold.copy_(torch.maximum(self.hold, on_target.to(self.hold.dtype)))
+        self.multiplier.copy_(self.gain * (error / self.width).clamp(-1, 1))
 
     @torch.no_grad()
     def reached(self, model: nn.Module) -> bool:
         """Whether the exact cost of the present choice is within the band. Reads the device."""
-        return within(float(self.cost.exact(model)), self.target)
+        return within(float(self._cost[0].exact(model)), self.target)
 
 
 def within(exact: float, target: float) -> bool:

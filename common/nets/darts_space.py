@@ -82,9 +82,9 @@ def check_image_size(size: int, stem: str) -> None:
     """Raise ValueError unless every stride-2 step of the network halves the image exactly."""
     factor = 4 if stem == "cifar" else 32
     if (size < 2 * factor and stem == "cifar") or size < factor or size % factor:
-        least = 8 if stem == "cifar" else 32
+        least, halvings = (8, 2) if stem == "cifar" else (32, 5)
         raise ValueError(
-            f"--image-size: {size} does not fit the {stem} stem, whose network halves it {factor.bit_length() - 1} times; "
+            f"--image-size: {size} does not fit the {stem} stem, whose network halves it {halvings} times; "
             f"use a multiple of {factor}, at least {least}"
         )
 

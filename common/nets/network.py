@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ class AuxiliaryHead(nn.Module):
     normalisation after its 2x2 convolution, as in the published code.
     """
 
-    least = {"cifar": 8, "imagenet": 7}
+    least: ClassVar = {"cifar": 8, "imagenet": 7}
 
     def __init__(self, channels: int, num_classes: int, stem: str) -> None:
         super().__init__()

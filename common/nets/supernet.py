@@ -423,7 +423,7 @@ class Supernet(nn.Module):
         return self._offset[kind] + (position * count_edges(self.nodes) + edge) * len(rows) + rows.index(primitive)
 
     def bit_probabilities(self, operand: str) -> Tensor:
-        """Softmax over bits of every gamma row, [rows, bits], for "weight" or "activation" (a search over bits only)."""
+        """Softmax over bits of every gamma row, [rows, bits], for operand "weight" or "activation"."""
         assert self.bits is not None
         table = [self.gammas[name].reshape(-1, len(self.bits)) for name in self._table_order(operand)]
         return torch.cat(table).softmax(-1)

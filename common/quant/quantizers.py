@@ -274,8 +274,8 @@ class LsqQuantizer(nn.Module):
     """Learned step size quantisation (Esser et al., LSQ, ICLR 2020, equations 1 to 5), 2 to 4 and 8 bits.
 
     `signed` (weights, images): levels -2^(b-1) .. 2^(b-1) - 1; otherwise 0 .. 2^b - 1. The step is a parameter, set
-    from the first tensor seen to 2 mean|v| / sqrt(Q_P), its gradient scaled by 1 / sqrt(numel Q_P), numel per sample for
-    activations. 1 bit is refused.
+    from the first tensor seen to 2 mean|v| / sqrt(Q_P), its gradient scaled by 1 / sqrt(numel Q_P), numel per sample
+    for activations. 1 bit is refused.
     """
 
     bits_allowed = (2, 3, 4, 8)
