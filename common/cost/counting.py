@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common.nets import Network
-from common.quant import FLOAT_BITS
+from common.quant import FLOAT_BITS, QuantConv2d, QuantLinear
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ def trace_layers(module: nn.Module, input_shape: Sequence[int]) -> list[LayerSha
     Nothing is computed: a copy runs on the meta device, in evaluation mode.
     """
     module = copy.deepcopy(module).to("meta").eval()
+    for layer in list(module.modules()):
+        if isinstance(layer, (QuantConv2d, QuantLinear)):  # no shape depends on them, and they are most of the time
+            layer.quantize_weight = layer.quantize_activation = nn.Identity()
     found: list[LayerShape] = []
     names = {m: name for name, m in module.named_modules()}
 
