@@ -75,6 +75,8 @@ def map_cells(searched: list[bool], grown: list[bool], mapping: str) -> list[int
     `searched` and `grown` tell for every cell whether it is a reduction. Raises ValueError when a cell type of the
     grown network was not searched, or when the paper's mapping meets a search of another size than 8 cells.
     """
+    if mapping not in MAPPINGS:
+        raise ValueError(f"--bit-mapping: {mapping!r} is unknown; choose {' or '.join(MAPPINGS)}")
     by_type = {kind: [i for i, r in enumerate(searched) if r == kind] for kind in (False, True)}
     for kind, name in ((False, "normal"), (True, "reduction")):
         if kind in grown and not by_type[kind]:
