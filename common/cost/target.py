@@ -98,7 +98,7 @@ class TargetController(nn.Module):
         error = torch.where(self.steps > 0, self.error + self.smoothing * (raw - self.error), raw)
         crossed = error * self.error < 0
         if moving:
-            exponent = (error.abs() / self.width - 1).clamp(-0.5, 2.0) * self.log_growth
+            exponent = (error.abs() / self.width - 1).clamp(-0.5, 1.0) * self.log_growth
             swung = crossed & (self.peak > 2 * self.width)
             self.gain.mul_(torch.where(swung, 0.5, exponent.exp())).clamp_(*self.gain_limits)
         self.peak.copy_(torch.where(crossed, error.abs(), torch.maximum(self.peak, error.abs())))

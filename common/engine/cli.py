@@ -128,7 +128,7 @@ def add_quantization_flags(parser: Parser, stage: str) -> None:
     """Bit-widths and quantisers."""
     add, bits = _Group(parser, "quantisation"), one_of(*FIXED_BITS)
     if _is_search(stage):
-        add.value("--bits", bits, [2, 4], "B", "bit-widths to choose among", nargs="+")
+        add.value("--bits", _bits_or_none, [2, 4], "B", "bit-widths to choose among; none: full precision", nargs="+")
         to_bits = lambda on: {"bits": [2, 4, 8] if on else [2, 4]}  # noqa: E731
         same = "the same as --bits 2 4 8"
         add.group.add_argument("--allow8bit", action=Translation, switch=True, to=to_bits, help=same)
@@ -153,6 +153,14 @@ def add_quantization_flags(parser: Parser, stage: str) -> None:
     add.choice("--bit-mapping", "relative|paper", "relative" if _is_search(stage) else None, mapping)
 
 
+def _bits_or_none(text: str) -> int:
+    """One bit-width under search; `none` is the same as 32."""
+    return 32 if text.lower() == "none" else one_of(*FIXED_BITS)(text)
+
+
+_bits_or_none.kind = "int"  # type: ignore[attr-defined]
+
+
 def add_search_flags(parser: Parser) -> None:
     """The bilevel search: architecture and bit logits, cost."""
     add = _Group(parser, "search")
@@ -165,6 +173,7 @@ def add_search_flags(parser: Parser) -> None:
     add.value("--gamma-learning-rate --q-lr", number(0), 0.01, "LR", "of the bit logits (SGD)")
     add.value("--gamma-weight-decay --q-wd", number(0), 1e-3, "WD", "of the bit logits")
     add.choice("--gamma-level", "lower|upper", "lower", "bit logits move with the weights, or with the alphas")
+    add.value("--init-from", Path, None, "RUN", "start from the weights of an earlier search (not its choices)")
     add = _Group(parser, "cost")
     add.value("--complexity-decay --cd", number(0), 1e-4, "X", "weight of the cost in the weight step; steers the bits")
     arch = (
@@ -203,7 +212,7 @@ def add_optimization_flags(parser: Parser, stage: str) -> None:
         add.choice("--lr-schedule", "cosine|linear|step", "cosine", "learning rate by epoch")
         add.value("--lr-step-epochs --step-epoch", integer(1), 30, "N", "step schedule: epochs between two drops")
         add.value("--lr-step-factor --decay-rate", number(0, 1), 0.1, "F", "step schedule: factor of a drop")
-        add.value("--lr-warmup-epochs", integer(0), 0, "N", "first epochs, in which the learning rate rises linearly")
+    add.value("--lr-warmup-epochs", integer(0), 0, "N", "first epochs, in which the learning rate rises linearly")
     add.value("--momentum", number(0, 0.9999), 0.9, "M", "of SGD")
     add.value("--weight-decay --wd", number(0), 3e-4, "WD", "of the weights")
     add.value("--grad-clip", number(positive=True), 5.0, "C", "largest global gradient norm of the weights")
@@ -280,6 +289,8 @@ def check_run(config: Config) -> list[str]:
         errors.append(
             f"--learning-rate-min: {config.learning_rate_min} is above --learning-rate {config.learning_rate}; lower it"
         )
+    if config.lr_warmup_epochs and config.lr_warmup_epochs >= config.epochs:
+        errors.append(f"--lr-warmup-epochs: leaves none of the {config.epochs} epochs; give fewer")
     if config.data_module and ":" not in config.data_module:
         errors.append(f"--data-module: {config.data_module!r} names no function; write FILE.py:FUNCTION")
     for flag, path in (("--data", config.data), ("--save", config.save), ("--runs", config.runs)):
@@ -307,6 +318,8 @@ def check_search(config: Config) -> list[str]:
             f"--warmup-epochs: {config.warmup_epochs} leaves none of the {config.epochs} epochs to the architecture; "
             "give fewer, such as --warmup-epochs 0"
         )
+    if config.init_from is not None and not config.init_from.is_dir():
+        errors.append(f"--init-from: {config.init_from} is no folder; give the folder of a search")
     if config.explicit("second_order") and not config.unrolled:
         errors.append("--second-order: only has a meaning with --unrolled; add it")
     if config.target_bitops and not (config.complexity_decay or config.arch_complexity_decay):
@@ -319,8 +332,6 @@ def check_search(config: Config) -> list[str]:
 def check_train(config: Config) -> list[str]:
     """Rules across the flags of a training."""
     errors = check_run(config)
-    if config.lr_warmup_epochs and config.lr_warmup_epochs >= config.epochs:
-        errors.append(f"--lr-warmup-epochs: leaves none of the {config.epochs} epochs; give fewer")
     if (config.wbits is None) != (config.abits is None):
         given, missing = ("--wbits", "--abits") if config.abits is None else ("--abits", "--wbits")
         errors.append(f"{given}: alone leaves the other open; give {missing} too (32: full precision)")

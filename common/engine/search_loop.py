@@ -255,6 +255,10 @@ class SearchLoop:
             side_pass=self.side_pass,
         )
         self.guard.check(loss, _norm(self.arch))
+        hold = getattr(self.controller, "hold", None)
+        if hold is not None:
+            # A controller may end the architecture's steps; masked on the device, as a non-finite step is.
+            self.optimizers["arch"].found_inf = torch.maximum(self.guard.halted, hold)  # type: ignore[attr-defined]
         self.optimizers["arch"].step()
         self.optimizers["arch"].zero_grad(set_to_none=True)
 
@@ -452,7 +456,8 @@ def search(
         on_epoch: called with (epoch from 0, its figures) before the epoch's checkpoint.
         on_step: called with the number of steps done.
         evaluate: figures of the model in evaluation mode, added to each epoch's.
-        controller: a module of buffers with ``update(model, moving)``, called on the device after every step.
+        controller: a module of buffers with ``update(model, moving)``, called after every step; it works on the
+            device. Where it has a buffer ``hold`` (float32), 1 there skips the architecture's updates.
 
     Raises:
         ValueError: settings or checkpoint that do not fit.
