@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -61,7 +62,12 @@ def test_parameters_and_macs_equal_the_oracle(oracle: Any, name: str) -> None:
         assert cost.weight_bytes == cost.weight_bytes_fp32 == 4 * cost.parameters
 
 
-@pytest.mark.parametrize("name", CIFAR_TABLE)
+def first_quick(names: Iterable[str]) -> list[Any]:
+    """The first of them, and the rest marked as slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if k else []) for k, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", first_quick(CIFAR_TABLE))
 def test_cifar_table(name: str) -> None:
     parameters, convolutions, sizes, macs, inputs, weights = CIFAR_TABLE[name]
     cost = network_cost(network(name, (2, 4)), 32)
@@ -74,7 +80,7 @@ def test_cifar_table(name: str) -> None:
     assert sum(row.weight_bytes for row in quantised) * 8 / 2 / 1e6 == pytest.approx(weights, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", IMAGENET_TABLE)
+@pytest.mark.parametrize("name", first_quick(IMAGENET_TABLE))
 def test_imagenet_table(name: str) -> None:
     parameters, sizes, macs = IMAGENET_TABLE[name]
     cost = network_cost(imagenet(name, (2, 2)), 224)
@@ -170,7 +176,9 @@ def test_input_size_forms_and_json() -> None:
 
 def test_counting_leaves_the_network_alone() -> None:
     torch.manual_seed(0)
-    model = build_network(load_architecture("DARTS_V2").with_uniform_bits(8, 8), num_classes=4, init_channels=4, layers=3)
+    model = build_network(
+        load_architecture("DARTS_V2").with_uniform_bits(8, 8), num_classes=4, init_channels=4, layers=3
+    )
     before = {k: v.clone() for k, v in model.state_dict().items()}
     network_cost(model, 16)
     assert model.training

@@ -2,10 +2,13 @@
 """A relaxed network written edge by edge from the papers, slow on purpose: the production one is held to it.
 
 One convolution, one batch norm and one quantiser per operation and edge, NCHW, ordinary autograd. It shares no line
-with common/: DARTS, PC-DARTS and the quantised PC-DARTS follow ../oracles/README.md (straight-through rule) and the papers.
+with common/: DARTS, PC-DARTS and the quantised PC-DARTS follow the papers and ../oracles/README.md.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -400,6 +403,15 @@ class PlainSupernet(nn.Module):
     def mixed_convolutions(self) -> list[MixedConv]:
         """Every convolution of the cells, preprocessing first within a cell."""
         return [m for m in self.modules() if isinstance(m, MixedConv)]
+
+    @contextmanager
+    def side_pass(self) -> Iterator[None]:
+        """Forwards inside leave the running ranges alone."""
+        for conv in self.mixed_convolutions():
+            conv.update_range = False
+        yield
+        for conv in self.mixed_convolutions():
+            conv.update_range = True
 
     def complexity(self) -> Tensor:
         """The reference's complexity, after a forward pass: sum of size E[a] E[w] over the first convolution's size."""

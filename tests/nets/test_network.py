@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation networks against the oracles: parameters, logits, loss, gradients, running statistics; ends and drop path."""
+"""Evaluation networks against the oracles: parameters, logits, loss, gradients, statistics; ends and drop path."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -234,7 +235,15 @@ def assert_same_gradients(plain: PlainSupernet, fused: Supernet, atol: float = 1
         torch.testing.assert_close(theirs, mine, atol=atol, rtol=1e-8)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = {"pc all bits", "pc k=2 4,32", "darts 2,4", "6 cells", "imagenet", "one channel"}
+
+
+def marked(names: Iterable[str], slow: set[str]) -> list[Any]:
+    """Parameters, those of `slow` with the marker."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("variant", marked(VARIANTS, SLOW))
 def test_fused_equals_plain(variant: str) -> None:
     """Logits, loss and every gradient in two training steps (running ranges move), then logits in evaluation."""
     plain, fused, first, y = pair(variant)
@@ -256,6 +265,43 @@ def test_fused_equals_plain(variant: str) -> None:
         return
     with torch.no_grad():
         torch.testing.assert_close(fused(first), plain(first), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "bits, scheme",
+    [((2, 4), "default"), pytest.param((2, 4, 8), "default", marks=pytest.mark.slow),
+     pytest.param(None, "default", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_exact_second_order_equals_the_plain_double_backward(bits: tuple[int, ...] | None, scheme: str) -> None:
+    """Fused functions can be differentiated twice: alphas, betas through one step of weights and gammas."""
+    options = SMALL | {"method": "pc-darts", "bits": bits, "scheme": scheme, "nodes": 2, "multiplier": 2}
+    torch.manual_seed(0)
+    plain = PlainSupernet(**options).double()
+    with torch.no_grad():
+        for p in plain.arch_parameters() + plain.gamma_parameters():
+            p.normal_()
+    fused = build_supernet(**options).double()
+    copy_into(plain, fused)
+    batches = [(torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([k, 3, 5])) for k in (0, 1)]
+    values = []
+    for net in (plain, fused):
+        objective = Objective(net)
+        inner = [InnerGroup(net.weight_parameters(), 0.1, 0.9, 3e-4)]
+        if bits is not None:
+            inner.append(InnerGroup(net.gamma_parameters(), 0.05, 0.0, 1e-3))
+        loss = architecture_gradients(
+            arch=net.arch_parameters(),
+            train_objective=objective,
+            valid_objective=objective,
+            train_batch=batches[0],
+            valid_batch=batches[1],
+            inner=inner,
+            order="exact",
+            side_pass=net.side_pass,
+        )
+        values.append([loss, *(p.grad for p in net.arch_parameters())])
+    for mine, theirs in zip(*values, strict=True):
+        torch.testing.assert_close(theirs, mine, atol=1e-9, rtol=1e-8)
 
 
 def test_gradients_follow_the_loss_numerically() -> None:

@@ -65,7 +65,7 @@ def test_mixture_is_the_sum_of_its_choices(bits: Sequence[int], scheme: str) -> 
 
 
 def test_mixture_gradients() -> None:
-    """Gradients of the probabilities are the inner products with the quantised tensors, those of x pass by the masks."""
+    """Probabilities receive inner products with the quantised tensors, x what passes the masks."""
     bits = (2, 4)
     conv = quant.MixedQuantConv2d(4, 6, 1, bits=bits).double()
     x = normal(2, 4, 6, 6).requires_grad_()

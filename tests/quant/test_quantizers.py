@@ -125,7 +125,7 @@ def test_signed_activation_is_symmetric() -> None:
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_degenerate_tensors_stay_finite(bits: int, reference: bool, dtype: torch.dtype) -> None:
-    """All-zero and constant tensors, one-element weights: no NaN in values or gradients (reference.md 1.5, 8 and 14)."""
+    """All-zero and constant tensors, one-element weights: no NaN in values or gradients."""
     w_scheme, a_scheme = ("reference", "reference") if reference else ("gaussian", "hwgq")
     for x in (
         torch.zeros(2, 3, 4, 4),
