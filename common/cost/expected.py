@@ -222,7 +222,7 @@ class ExpectedCost(nn.Module):
         """1 for the two edges that each node keeps by the discretisation rule, [edges]."""
         strengths = alphas.double().softmax(-1)
         if self.none is not None:
-            strengths = strengths.index_fill(1, torch.tensor([self.none], device=alphas.device), -1.0)
+            strengths[:, self.none] = -1.0  # in place: an index tensor would be a copy to the device in every step
         score = strengths.amax(-1)
         if betas is not None:
             score = score * edge_softmax(betas.double(), self.nodes)
