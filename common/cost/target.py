@@ -6,8 +6,9 @@ one, and its sign tells the way. The multiplier is the controller between them.
 
 What it controls is an integrator: logits sum up what the multiplier pushes, and the cost answers only where an argmax
 flips. An integral controller on top of an integrator swings for ever, so the multiplier itself is proportional,
-``mu = gain * clamp(error / width, -1, 1)`` with ``error = log(exact / target)``, and what is integrated is the gain:
-it grows while the error stays outside the width (the push is too weak: logits far from their flipping point, or the
+``mu = gain * clamp(error / width, -1, 1)`` with ``error = log(exact / target)``, both without the ends, which no
+choice changes (at low bits a full-precision stem can be most of the cost), and what is integrated is the gain: it
+grows while the error stays outside the width (the push is too weak: logits far from their flipping point, or the
 loss pushes back), is halved when the cost swings through the target from far off (the push was too strong), and
 decays inside. That finds the scale of the push within some dozens of steps, whatever the learning rates are, keeps a
 standing error against a standing push of the loss within the width, and winds nothing up: at the target the
@@ -34,6 +35,7 @@ class SteerableCost(Protocol):
 
     cheapest: float
     dearest: float
+    ends: float
 
     def exact(self, supernet: nn.Module) -> Tensor:
         """BitOps of the present choice, a scalar on the device."""
@@ -93,7 +95,8 @@ class TargetController(nn.Module):
         must not drive the bits to an end from which they would have to come back.
         """
         exact = self._cost[0].exact(model).to(self.exact.dtype)
-        raw = (exact / self.target).log()
+        ends = self._cost[0].ends
+        raw = ((exact - ends) / (self.target - ends)).log()
         # Smoothed a little: two operations at a tie make the cost jump back and forth.
         error = torch.where(self.steps > 0, self.error + self.smoothing * (raw - self.error), raw)
         crossed = error * self.error < 0

@@ -89,14 +89,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     if config.init_from is not None:
         notes.append(_start_from(network, config.init_from))
     network.to(device)
-    if _channels_last(config, device):
-        network.to(memory_format=torch.channels_last)
     return Prepared(config, device, data.to(device), architecture, build, network, cost, notes)
-
-
-def _channels_last(config: Config, device: torch.device) -> bool:
-    # Tensor cores want it; on CPU and in fp32 it has no steady gain with depthwise convolutions.
-    return device.type == "cuda" and config.precision == "bf16"
 
 
 def _describe(config: Config, architecture: Architecture, data: ImageData, cost: Cost) -> str:

@@ -28,7 +28,7 @@ class ToySearch(nn.Module):
 class ToyCost:
     """Expected cost, and the exact one of the argmax; never below 2-bit's nor above 4-bit's ends."""
 
-    fixed, cheapest, dearest = 20.0, 20.0, 20.0 + 6 * 8 * 8.0 * 16
+    ends, fixed, cheapest, dearest = 0.0, 20.0, 20.0, 20.0 + 6 * 8 * 8.0 * 16
 
     def expected(self, model: ToySearch) -> Tensor:
         width = (model.gammas.softmax(-1) * model.bits).sum(-1) ** 2
@@ -100,7 +100,7 @@ def test_without_a_controller_the_band_is_missed() -> None:
 class FixedCost:
     """A cost that the test sets."""
 
-    cheapest, dearest = 1.0, 1000.0
+    ends, cheapest, dearest = 0.0, 1.0, 1000.0
 
     def __init__(self) -> None:
         self.value = torch.tensor(100.0, dtype=torch.float64)
