@@ -84,7 +84,6 @@ class TrainSettings:
     teacher_temperature: float = 4.0
     select: str = "last"
     precision: str = "fp32"
-    channels_last: bool = False
     log_every: int = 50
     checkpoint_minutes: float = 10.0
 
@@ -198,8 +197,6 @@ class _Training:
     def one_step(self) -> None:
         """One SGD step on this position's batch; nothing here waits for the device."""
         x, y = self.stream.batch(self.epoch, self.step)
-        if self.settings.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
         loss, plain, logits = self.objective(x, y)
         loss.backward()

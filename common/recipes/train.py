@@ -221,7 +221,7 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
     """
     prepared = prepare(config)
     stream, held_out = _streams(prepared)
-    settings = training_settings(config, prepared.device)
+    settings = training_settings(config)
     teacher = _teacher(prepared)
     forward = _compiled(prepared.network) if config.compile else None
     arguments = {
@@ -268,7 +268,7 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
         return read_json(run.folder / "result.json")
 
 
-def training_settings(config: Config, device: torch.device) -> TrainSettings:
+def training_settings(config: Config) -> TrainSettings:
     """The loop's settings as the flags give them."""
     same = ("epochs", "learning_rate", "learning_rate_min", "momentum", "weight_decay", "grad_clip", "drop_path_prob")
     more = ("auxiliary_weight", "teacher_weight", "teacher_temperature", "select", "precision", "log_every")
@@ -278,7 +278,6 @@ def training_settings(config: Config, device: torch.device) -> TrainSettings:
         step_factor=config.lr_step_factor,
         warmup_epochs=config.lr_warmup_epochs,
         checkpoint_minutes=config.checkpoint_minutes,
-        channels_last=_channels_last(config, device),
         **{name: getattr(config, name) for name in (*same, *more)},
     )
 
