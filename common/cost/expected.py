@@ -93,6 +93,7 @@ class ExpectedCost(nn.Module):
             self._tables("own", supernet, own, width=supernet.partial)
             first = own[0][1]
             self.first_size = self._first_size(first, own[0][2])
+        self.register_buffer("uniform", edge_probability(None, supernet.nodes))
         self.register_buffer("bit_values", torch.tensor(supernet.bits or (FLOAT_BITS,), dtype=torch.float64))
         self.ends = self._ends(supernet, plans, eval_init_channels, input_size, stem_bits, classifier_bits)
         self.initial = self._initial(supernet)
@@ -237,7 +238,11 @@ class ExpectedCost(nn.Module):
         total = self._inputs("grown", products) + self.ends
         for kind in ("normal", "reduce"):
             alphas, betas = getattr(supernet, f"alphas_{kind}"), getattr(supernet, f"betas_{kind}")
-            chosen = self._kept(alphas, betas) if hard else edge_probability(betas, self.nodes).to(alphas.device)
+            chosen = (
+                self._kept(alphas, betas)
+                if hard
+                else (self.uniform if betas is None else edge_probability(betas, self.nodes))
+            )
             per_edge = (self._operation_weights(alphas, hard) * self._edge_costs("grown", kind, products)).sum(-1)
             total = total + (chosen * per_edge).sum()
         return total
