@@ -44,12 +44,13 @@ PRESETS: dict[str, Preset] = {
             "layers": 5,
             "eval_init_channels": 8,
             "eval_layers": 5,
-            "epochs": 16,
-            "warmup_epochs": 4,
+            "epochs": 12,
+            "warmup_epochs": 3,
             "batch_size": 64,
             "learning_rate": 0.05,
-            "arch_learning_rate": 3e-3,
-            "gamma_learning_rate": 0.05,
+            # a hundred architecture steps in place of thousands: larger ones
+            "arch_learning_rate": 1e-2,
+            "gamma_learning_rate": 0.1,
         },
         train={
             **_SMALL,
