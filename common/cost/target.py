@@ -50,8 +50,11 @@ class TargetController(nn.Module):
         target: BitOps to hit within :data:`BAND`.
         total_steps: steps of the whole search; it sets how fast the gain may grow.
         width: relative error at which the push saturates, well inside the band.
-        gain_limits: least and greatest push; the greatest bounds what a burst does to the alphas, whose optimiser
+        scale: the push that moves bits across their spread at the start in a tenth of the search (the gain is in
+            units of it); :func:`push_scale` measures it.
+        gain_limits: least and greatest gain; the greatest bounds what a burst does to the alphas, whose optimiser
             remembers it for a thousand steps.
+        lead: steps that the error is looked ahead by its slope: about as far as momentum carries the logits on.
         smoothing: weight of the newest error in the smoothed one.
         hold_from: share of the search after which ``hold`` (1.0: take no architecture step) may be raised.
 
@@ -66,8 +69,10 @@ class TargetController(nn.Module):
         *,
         total_steps: int,
         width: float = 0.04,
+        scale: float = 1.0,
         gain_limits: tuple[float, float] = (0.2, 100.0),
         smoothing: float = 0.3,
+        lead: float = 8.0,
         hold_from: float = 0.85,
     ) -> None:
         super().__init__()
@@ -78,7 +83,8 @@ class TargetController(nn.Module):
             )
         # In a list: the cost is a module of its own, whose buffers belong to no checkpoint.
         self._cost = [cost]
-        self.target, self.width, self.smoothing, self.gain_limits = float(target), width, smoothing, gain_limits
+        self.target, self.width, self.smoothing = float(target), width, smoothing
+        self.scale, self.gain_limits, self.lead = scale, gain_limits, lead
         # A factor of 100 within a tenth of the search, but never faster than momentum (.9: ten steps) answers.
         self.log_growth = min(math.log(100) / max(1.0, 0.1 * total_steps), math.log(1.04))
         self.hold_step = hold_from * total_steps
@@ -91,26 +97,27 @@ class TargetController(nn.Module):
     def update(self, model: nn.Module, moving: bool = True) -> None:
         """Read the exact cost and set the multiplier, without a sync.
 
-        ``moving``: whether the architecture moves yet. Before that the gain rests: an accidental first genotype
-        must not drive the bits to an end from which they would have to come back.
+        ``moving``: whether the architecture moves yet. Before that the gain stays within ten: an accidental first
+        genotype must not drive the bits to an end from which they would have to come back.
         """
         exact = self._cost[0].exact(model).to(self.exact.dtype)
         ends = self._cost[0].ends
         raw = ((exact - ends) / (self.target - ends)).log()
         # Smoothed a little: two operations at a tie make the cost jump back and forth.
         error = torch.where(self.steps > 0, self.error + self.smoothing * (raw - self.error), raw)
+        slope = torch.where(self.steps > 0, error - self.error, 0.0)
         crossed = error * self.error < 0
-        if moving:
-            exponent = (error.abs() / self.width - 1).clamp(-0.5, 1.0) * self.log_growth
-            swung = crossed & (self.peak > 2 * self.width)
-            self.gain.mul_(torch.where(swung, 0.5, exponent.exp())).clamp_(*self.gain_limits)
+        exponent = (error.abs() / self.width - 1).clamp(-0.5, 1.0) * self.log_growth
+        swung = crossed & (self.peak > 2 * self.width)
+        low, high = self.gain_limits
+        self.gain.mul_(torch.where(swung, 0.5, exponent.exp())).clamp_(low, high if moving else min(high, 10.0))
         self.peak.copy_(torch.where(crossed, error.abs(), torch.maximum(self.peak, error.abs())))
         self.exact.copy_(exact)
         self.error.copy_(error)
         self.steps += 1
-        on_target = (raw.abs() < self.width) & (self.steps >= self.hold_step)
+        on_target = ((exact / self.target).log().abs() < self.width) & (self.steps >= self.hold_step)
         self.hold.copy_(torch.maximum(self.hold, on_target.to(self.hold.dtype)))
-        self.multiplier.copy_(self.gain * (error / self.width).clamp(-1, 1))
+        self.multiplier.copy_(self.scale * self.gain * ((error + self.lead * slope) / self.width).clamp(-1, 1))
 
     @torch.no_grad()
     def reached(self, model: nn.Module) -> bool:
@@ -120,4 +127,21 @@ class TargetController(nn.Module):
 
 def within(exact: float, target: float) -> bool:
     """Whether a cost counts as the target."""
-    return abs(exact / target - 1) <= BAND
+    return abs(exact / target - 1) <= BAND + 1e-9
+
+
+def push_scale(term: Tensor, gammas: list[nn.Parameter], *, weight: float, rate: float, total_steps: int) -> float:
+    """The multiplier at which the term carries a bit choice across its spread at the start in a tenth of the search.
+
+    Args:
+        term: the cost term (scalar with a graph), which the loss adds ``weight`` times.
+        gammas: bit logits, drawn with a standard deviation of .001 each.
+        rate: learning rate of the gammas over (1 - momentum).
+        total_steps: of the whole search.
+    """
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(term, gammas)]).abs().double()
+    # Each gradient weighted by itself: the rows that make the cost, not the many that hardly count.
+    typical = float((gradient**2).sum() / gradient.sum().clamp_min(1e-300))
+    # Logits of a choice move apart, hence the 2 below; .003 is twice the spread of their difference.
+    moved = 2 * weight * rate * typical * max(1.0, 0.1 * total_steps)
+    return 0.003 / moved if moved > 0 else 1.0

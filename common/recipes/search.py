@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import Cost, ExpectedCost, network_cost
-from common.cost.target import TargetController, within
+from common.cost.target import TargetController, push_scale, within
 from common.data import ImageData, Stream, evaluation_batches, split_search
 from common.engine import CheckpointStore, Run, entropy, plain, read_json, seed_everything
 from common.engine.cli import VOLATILE, Config
@@ -129,8 +129,7 @@ def _loop_arguments(
     train_stream = shorten(streams[0], config.steps_per_epoch)
     controller = None
     if config.target_bitops is not None:
-        steps = config.epochs * train_stream.steps_per_epoch
-        controller = TargetController(cost, config.target_bitops, total_steps=steps).to(device)
+        controller = _controller(config, model, cost, config.epochs * train_stream.steps_per_epoch).to(device)
     arguments = {
         "train_stream": train_stream,
         "valid_stream": streams[1],
@@ -146,6 +145,15 @@ def _loop_arguments(
         # Shortened epochs must not be outweighed by their evaluation: as many images as they train on, spread evenly.
         indices = indices[:: max(1, len(indices) // (config.steps_per_epoch * config.batch_size))]
     return arguments, indices
+
+
+def _controller(config: Config, model: Supernet, cost: ExpectedCost, steps: int) -> TargetController:
+    """The multiplier of --target-bitops, its push scaled to the rates and the length of this search."""
+    scale, gammas = 1.0, model.gamma_parameters()
+    if gammas and config.complexity_decay and config.gamma_learning_rate and config.gamma_level == "lower":
+        rate = config.gamma_learning_rate / (1 - SearchSettings(epochs=1).gamma_momentum)
+        scale = push_scale(cost.term(model), gammas, weight=config.complexity_decay, rate=rate, total_steps=steps)
+    return TargetController(cost, config.target_bitops, total_steps=steps, scale=scale)
 
 
 def search_settings(config: Config) -> SearchSettings:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.cost.target import TargetController, within
+from common.cost.target import TargetController, push_scale, within
 
 
 class ToySearch(nn.Module):
@@ -41,12 +41,14 @@ class ToyCost:
         return self.fixed + (chosen * model.sizes[operation]).sum()
 
 
-def run(seed: int, share: float, steps: int, gamma_rate: float, arch_rate: float) -> tuple[ToySearch, TargetController, list[float]]:
+def run(
+    seed: int, share: float, steps: int, gamma_rate: float, arch_rate: float
+) -> tuple[ToySearch, TargetController, list[float]]:
     """A search whose loss pushes alphas and gammas their own way, with noise; the weights of the cost as in the loop."""
     generator = torch.Generator().manual_seed(100 + seed)
     model, cost = ToySearch(seed), ToyCost()
     controller = TargetController(cost, share * float(cost.exact(model)), total_steps=steps)
-    initial = float(cost.expected(model))
+    initial = float(cost.expected(model).detach())
     sgd = torch.optim.SGD([model.gammas], lr=gamma_rate, momentum=0.9, weight_decay=1e-3)
     adam = torch.optim.Adam([model.alphas], lr=arch_rate, betas=(0.5, 0.999), weight_decay=1e-3)
 
@@ -125,12 +127,39 @@ def test_sign_bounds_and_rest() -> None:
     assert abs(float(controller.multiplier)) < 1e-6 and float(controller.gain) == pytest.approx(0.2)
 
 
-def test_gain_rests_before_the_architecture_moves() -> None:
+def test_gain_stays_low_before_the_architecture_moves() -> None:
     cost = FixedCost()
-    controller = TargetController(cost, 50.0, total_steps=100)
-    for _ in range(80):
+    controller = TargetController(cost, 50.0, total_steps=100, scale=3.0)
+    for _ in range(500):
         controller.update(nn.Identity(), moving=False)
-    assert controller.gain == 1 and controller.multiplier == 1
+    assert controller.gain == 10 and controller.multiplier == 30
+
+
+def test_only_the_part_that_can_move_counts() -> None:
+    """A stem of 90 of 100 BitOps: 110 against 100 is twice the rest, and the push is a full one."""
+    cost = FixedCost()
+    cost.ends, cost.value = 90.0, torch.tensor(110.0, dtype=torch.float64)
+    controller = TargetController(cost, 100.0, total_steps=100)
+    controller.update(nn.Identity())
+    assert float(controller.error) == pytest.approx(math.log(2))
+
+
+def test_scale_moves_a_choice_in_a_tenth_of_the_search() -> None:
+    """SGD with momentum under the scaled push alone: a logit difference moves by .003 in a tenth of the steps."""
+    gammas = [nn.Parameter(torch.zeros(4, 2, dtype=torch.float64))]
+    bits = torch.tensor([2.0, 4.0], dtype=torch.float64)
+
+    def term() -> Tensor:
+        return (7.0 * gammas[0].softmax(-1) @ bits).sum()
+
+    scale = push_scale(term(), gammas, weight=1e-4, rate=0.01 / 0.1, total_steps=4000)
+    sgd = torch.optim.SGD(gammas, lr=0.01, momentum=0.9)
+    for _ in range(400):
+        sgd.zero_grad()
+        (scale * 1e-4 * term()).backward()
+        sgd.step()
+    difference = (gammas[0][:, 0] - gammas[0][:, 1]).detach()
+    torch.testing.assert_close(difference, torch.full_like(difference, 0.003), rtol=0.05, atol=0)
 
 
 def test_architecture_is_held_late_and_only_on_target() -> None:
