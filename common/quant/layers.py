@@ -115,6 +115,7 @@ class _MixedHwgq(torch.autograd.Function):
     def forward(ctx, x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, p)
         ctx.channels, ctx.bits = channels, bits
+        p = p.to(x.dtype)  # under autocast x is bfloat16 and the logits are not
         if _is_shared(x, p, channels):
             return torch.cat(_values(x, bits), 1) @ _spread(p, channels)
         mixed: Tensor | None = None
@@ -127,6 +128,7 @@ class _MixedHwgq(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, p = ctx.saved_tensors
         channels, bits = ctx.channels, ctx.bits
+        gradient, p = gradient.to(x.dtype), p.to(x.dtype)
         twice = torch.is_grad_enabled()
         values = [quantize_activation(x, b) for b in bits] if twice else _values(x, bits)
         if _is_shared(x, p, channels):
