@@ -63,6 +63,11 @@ def _run_flags(target: str) -> dict[str, Any]:
     flags = record.get("config", {}) if isinstance(record, dict) else {}
     if record.get("stage") == "search":  # a search stands for the network that it is searched for
         flags = {**flags, "init_channels": flags.get("eval_init_channels"), "layers": flags.get("eval_layers")}
+    result = read_json(file.with_name("result.json")) if file.with_name("result.json").is_file() else {}
+    if isinstance(result, dict) and isinstance(result.get("network"), dict):  # trained: it says what it was built for
+        flags = {**flags, **result["network"], "dataset": result.get("dataset"), "built": True}
+    elif flags.get("data_module"):
+        raise ValueError(f"TARGET {target}: its data are not the project's own; give a finished training on them")
     return flags
 
 
@@ -75,11 +80,14 @@ def cost_of(config: Config) -> tuple[Cost, dict[str, Any]]:
         raise ValueError("--wbits and --abits: give both, or none")
     run = _run_flags(target)
     known = {name: value for name, value in vars(config).items() if value is not None}
-    dataset = known.get("dataset") or run.get("dataset") or "cifar10"
-    name = dataset.lower() if dataset.lower() in SHAPES else canonical_name(dataset)
-    if name not in SHAPES and not {"image_size", "classes"} <= known.keys():
-        raise ValueError(f"--dataset {name}: its sizes are not fixed; give --image-size and --classes")
-    channels, size, classes = SHAPES.get(name, (3, 0, 0))
+    name = known.get("dataset") or run.get("dataset") or "cifar10"
+    if "dataset" not in known and run.get("built"):
+        channels, size, classes = (run[key] for key in ("in_channels", "image_size", "num_classes"))
+    else:
+        name = name.lower() if name.lower() in SHAPES else canonical_name(name)
+        if name not in SHAPES and not {"image_size", "classes"} <= known.keys():
+            raise ValueError(f"--dataset {name}: its sizes are not fixed; give --image-size and --classes")
+        channels, size, classes = SHAPES.get(name, (3, 0, 0))
     size = known.get("image_size") or run.get("image_size") or size
     stem = run.get("stem") if run.get("stem") in _PAPER_SIZES else "imagenet" if size >= 128 else "cifar"
     widths = _PAPER_SIZES[stem]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cost import network_cost
+from common.cost.__main__ import cost_of, make_parser
 from common.nets import Network, build_network, build_supernet, load_architecture
 
 # reference.md 1.4: genotype -> params, quantised convolutions, (a) size product M, (b) group-aware MACs M, (a) input K,
@@ -191,3 +194,19 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         network_cost(network("DARTS_V2", init_channels=8, layers=5), 30)
     with pytest.raises(ValueError, match="auxiliary"):
         network_cost(network("DARTS_V2", init_channels=8, layers=5, auxiliary=True), 16)
+
+
+def test_a_trained_run_costs_what_its_result_says(tmp_path: Path) -> None:
+    """Data of the user's own: neither their channels nor their classes stand in the flags."""
+    load_architecture("PC_DARTS").save(tmp_path / "architecture.json")
+    network = {"stem": "cifar", "in_channels": 2, "num_classes": 7, "init_channels": 4, "layers": 3, "image_size": 24}
+    config = {"dataset": "cifar10", "data_module": "own.py:mine", "image_size": None, "init_channels": 4, "layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps({"stage": "train", "config": config}))
+    parser = make_parser()
+    with pytest.raises(ValueError, match="finished training"):
+        cost_of(parser.parse_args([str(tmp_path)]))
+    (tmp_path / "result.json").write_text(json.dumps({"dataset": "mine", "network": network}))
+    cost, sizes = cost_of(parser.parse_args([str(tmp_path)]))
+    size = network.pop("image_size")
+    assert cost == network_cost(build_network(load_architecture("PC_DARTS"), **network), size)
+    assert sizes["dataset"] == "mine" and sizes["num_classes"] == 7
