@@ -47,9 +47,11 @@ class RunLike(Protocol):
 
     checkpoints: Any
 
-    def log(self, text: str) -> None: ...
+    def log(self, text: str) -> None:
+        """A line for the user and for log.txt."""
 
-    def resume_state(self) -> tuple[dict[str, Any], dict[str, Any]] | None: ...
+    def resume_state(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The newest checkpoint, None for a fresh run."""
 
 
 @dataclass(kw_only=True)
