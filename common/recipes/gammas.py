@@ -41,7 +41,10 @@ def read_gammas(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"--weights-path {path}: cannot be read as plain tensors: {error}") from error
+        # not torch's own text: it advises to load with full trust
+        raise ValueError(
+            f"--weights-path {path}: cannot be read as plain tensors; give a gamma_checkpoint.t7 as NablaQDARTS saves it"
+        ) from error
     if isinstance(loaded, Mapping):
         named = {str(name).removeprefix("module."): value for name, value in loaded.items()}
         if missing := [name for name in NAMES if name not in named]:
