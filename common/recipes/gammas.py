@@ -43,7 +43,7 @@ def read_gammas(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         # not torch's own text: it advises to load with full trust
         raise ValueError(
-            f"--weights-path {path}: cannot be read as plain tensors; give a gamma_checkpoint.t7 as NablaQDARTS saves it"
+            f"--weights-path {path}: cannot be read as plain tensors; give a gamma_checkpoint.t7 of NablaQDARTS"
         ) from error
     if isinstance(loaded, Mapping):
         named = {str(name).removeprefix("module."): value for name, value in loaded.items()}
