@@ -37,7 +37,9 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
         # cuBLAS reads it when its handle is made; a user's own choice stays.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        # Not called without need: it imports torch's compiler, which takes seconds.
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def rng_state() -> dict[str, Any]:

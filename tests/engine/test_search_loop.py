@@ -237,7 +237,8 @@ def test_learning_rates_used() -> None:
         on_step=lambda _: rates.append(tuple(loop.optimizers[n].param_groups[0]["lr"] for n in ("weights", "gammas")))
     )
     cosine = [0.5 * (1 + math.cos(math.pi * e / 6)) for e in range(6)]
-    expected = [0.05, 0.1, *(0.01 + 0.09 * c for c in cosine[2:])]
+    fall = [0.5 * (1 + math.cos(math.pi * e / 4)) for e in range(4)]
+    expected = [0.1 / 3, 0.2 / 3, *(0.01 + 0.09 * c for c in fall)]
     assert [r[0] for r in rates[::5]] == pytest.approx(expected)
     assert [r[1] for r in rates[::5]] == pytest.approx([0.01 * c for c in cosine])
     assert min(r[1] for r in rates) > 0

@@ -23,6 +23,7 @@ from common.recipes.flags import resolve_search, resolve_training, search_parser
 from common.recipes.search import parameter_free_share, prepare_search, run_search
 from genotypes import lookup
 
+SMALL = ("--nodes", "2", "--multiplier", "2")
 SMOKE = ("--preset", "smoke", "--device", "cpu", "--no-tensorboard")
 
 
@@ -135,7 +136,7 @@ def test_two_runs_are_bit_equal(found: Path, tmp_path: Path) -> None:
 )
 def test_a_resumed_search_is_bit_equal(tmp_path: Path, stop: int, flags: tuple[str, ...]) -> None:
     """Stopped in the middle of an epoch (1, 3) and at its last step (2); checkpoints come every step."""
-    often = (*flags, "--checkpoint-minutes", "1e-9")
+    often = (*SMALL, *flags, "--checkpoint-minutes", "1e-9")
     run(tmp_path / "straight", *often)
 
     def crash(step: int) -> None:
@@ -147,7 +148,9 @@ def test_a_resumed_search_is_bit_equal(tmp_path: Path, stop: int, flags: tuple[s
     taken: list[int] = []
     result = run(tmp_path / "resumed", *often, "--resume", "auto", on_step=taken.append)
     assert len(taken) == 4 - stop + (stop == 2), "it went on from the newest checkpoint"
-    assert (tmp_path / "resumed" / "history.jsonl").read_bytes() == (tmp_path / "straight" / "history.jsonl").read_bytes()
+    assert (tmp_path / "resumed" / "history.jsonl").read_bytes() == (
+        tmp_path / "straight" / "history.jsonl"
+    ).read_bytes()
     assert_same_state(final_state(tmp_path / "resumed"), final_state(tmp_path / "straight"))
     straight = read_json(tmp_path / "straight" / "result.json")
     assert result["metrics"] == straight["metrics"] and result["steps"] == 4
@@ -159,7 +162,7 @@ def test_a_finished_run_says_so(found: Path) -> None:
 
 
 def test_full_precision_search(tmp_path: Path) -> None:
-    result = run(tmp_path / "run", "--bits", "none", "--method", "DARTS")
+    result = run(tmp_path / "run", "--bits", "none", "--method", "DARTS", *SMALL)
     architecture = load_architecture(tmp_path / "run")
     assert architecture.bits is None and history(tmp_path / "run")[0]["gamma_entropy"] is None
     assert history(tmp_path / "run")[0]["betas"] is None
@@ -182,7 +185,7 @@ def test_target(tmp_path: Path) -> None:
     assert result["target_bitops"] == 0.032e9
     assert result["target_reached"] == (abs(result["exact_bitops"] / 0.032e9 - 1) <= 0.1)
     assert all("cost_multiplier" in row for row in history(tmp_path / "run"))
-    missed = run(tmp_path / "missed", "--target-bitops", "0.045G")
+    missed = run(tmp_path / "missed", "--target-bitops", "0.045G", "--epochs", "1", "--steps-per-epoch", "1")
     assert missed["target_reached"] is False
     assert "NOT reached" in (tmp_path / "missed" / "log.txt").read_text()
 
