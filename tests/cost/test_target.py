@@ -44,7 +44,7 @@ class ToyCost:
 def run(
     seed: int, share: float, steps: int, gamma_rate: float, arch_rate: float
 ) -> tuple[ToySearch, TargetController, list[float]]:
-    """A search whose loss pushes alphas and gammas their own way, with noise; the weights of the cost as in the loop."""
+    """A search whose loss pushes alphas and gammas its own way, with noise; cost weights as in the loop."""
     generator = torch.Generator().manual_seed(100 + seed)
     model, cost = ToySearch(seed), ToyCost()
     controller = TargetController(cost, share * float(cost.exact(model)), total_steps=steps)

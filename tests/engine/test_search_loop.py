@@ -182,7 +182,7 @@ def test_architecture_rests_until_its_epoch() -> None:
 
 
 def test_one_step_equals_the_formulas() -> None:
-    """Architecture step by Adam on the validation loss, then weights and gammas by their own SGDs on the training loss."""
+    """Architecture step by Adam on the validation loss, then weights and gammas by SGDs on the training loss."""
     model = Toy()
     model.eval()  # no dropout and fixed statistics, so that the comparison below needs neither
     expected = copy.deepcopy(model)

@@ -55,7 +55,9 @@ def setting(**options) -> tuple[Supernet, dict]:
 def by_hand(model: Supernet, arguments: dict) -> list[Tensor]:
     """d L_valid(w - lr (m buf + dL_train/dw + wd w), alpha) / d alpha, by autograd through the whole expression."""
     names = {id(p): name for name, p in model.named_parameters()}
-    inner = [(p, b, group) for group in arguments["inner"] for p, b in zip(group.parameters, group.buffers, strict=True)]
+    inner = [
+        (p, b, group) for group in arguments["inner"] for p, b in zip(group.parameters, group.buffers, strict=True)
+    ]
     with model.side_pass():
         (x, y), (u, v) = arguments["train_batch"], arguments["valid_batch"]
         loss = F.cross_entropy(model(x), y)
@@ -65,7 +67,9 @@ def by_hand(model: Supernet, arguments: dict) -> list[Tensor]:
             if g is not None:
                 step = group.momentum * buffer + g + group.weight_decay * p
                 ahead[names[id(p)]] = p - group.learning_rate * step
-        return list(torch.autograd.grad(F.cross_entropy(functional_call(model, ahead, (u,)), v), model.arch_parameters()))
+        return list(
+            torch.autograd.grad(F.cross_entropy(functional_call(model, ahead, (u,)), v), model.arch_parameters())
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"bits": (2, 4, 8)}, {"bits": None}, {"bits": None, "method": "darts"}])
