@@ -233,16 +233,15 @@ class ExpectedCost(nn.Module):
             kept.append(torch.zeros_like(group).scatter(0, order, 1.0))
         return torch.cat(kept)
 
-    def _total(self, supernet: Supernet, hard: bool) -> Tensor:
+    def _total(self, supernet: Supernet, hard: bool, share: float = 1.0) -> Tensor:
         products = self._products(supernet, hard)
         total = self._inputs("grown", products) + self.ends
         for kind in ("normal", "reduce"):
-            alphas, betas = getattr(supernet, f"alphas_{kind}"), getattr(supernet, f"betas_{kind}")
-            chosen = (
-                self._kept(alphas, betas)
-                if hard
-                else (self.uniform if betas is None else edge_probability(betas, self.nodes))
-            )
+            alphas, betas = (_faded(getattr(supernet, f"{name}_{kind}"), share) for name in ("alphas", "betas"))
+            if hard:
+                chosen = self._kept(alphas, betas)
+            else:
+                chosen = self.uniform if betas is None else edge_probability(betas, self.nodes)
             per_edge = (self._operation_weights(alphas, hard) * self._edge_costs("grown", kind, products)).sum(-1)
             total = total + (chosen * per_edge).sum()
         return total
@@ -264,13 +263,15 @@ class ExpectedCost(nn.Module):
             total = total + self._edge_costs("own", kind, products).sum()
         return total / self.first_size
 
-    def term(self, supernet: Supernet) -> Tensor:
-        """What a loss adds, times --complexity-decay: 2489.3 x C / C0, or with uniform weighting the complexity."""
-        value = (
-            self.complexity(supernet)
-            if self.weighting == "uniform"
-            else (REFERENCE_COMPLEXITY * self._total(supernet, hard=False) / self.initial)
-        )
+    def term(self, supernet: Supernet, share: float = 1.0) -> Tensor:
+        """What a loss adds, times --complexity-decay: 2489.3 x C / C0, or with uniform weighting the complexity.
+
+        Alphas and betas receive `share` of its gradient, gammas all of it.
+        """
+        if self.weighting == "uniform":
+            value = self.complexity(supernet)
+        else:
+            value = REFERENCE_COMPLEXITY * self._total(supernet, hard=False, share=share) / self.initial
         return value.to(supernet.alphas_normal.dtype)
 
     def _constant_products(self, supernet: Supernet, value: float) -> Tensor | None:
@@ -302,6 +303,13 @@ class ExpectedCost(nn.Module):
             for group in best.split([node + 2 for node in range(self.nodes)]):
                 total += float(group.sort(descending=not smallest).values[:2].sum())
         return total
+
+
+def _faded(logits: Tensor | None, share: float) -> Tensor | None:
+    """The same values with `share` of the gradient."""
+    if logits is None or share == 1.0:
+        return logits
+    return logits.detach() + share * (logits - logits.detach())
 
 
 def _state_of(edge: int, nodes: int) -> int:

@@ -92,7 +92,13 @@ def add_data_flags(parser: Parser, stage: str) -> None:
     add.value("--data", Path, None, "DIR", "where the data lie, or are downloaded to")
     add.value("--data-module", str, None, "FILE.py:FUNCTION", "data of your own: a function that gives an ImageData")
     add.value("--image-size", integer(4), None, "N", "resize to N x N pixels (default: the data set's own size)")
-    add.value("--workers -j", integer(0), 2, "N", "reader processes, where data do not fit into memory")
+    add.value(
+        "--workers -j",
+        integer(0),
+        2,
+        "N",
+        "accepted from the papers' commands; data in memory need no reader processes",
+    )
     add.switch("--cutout", False, "cut a square out of every training image")
     add.value("--cutout-length", integer(1), 16, "N", "side of that square in pixels")
     workers = "False: the same as --workers 0"
@@ -206,12 +212,20 @@ def add_optimization_flags(parser: Parser, stage: str) -> None:
     add.value("--epochs", integer(1), 50 if search else 600, "N", "epochs")
     add.value("--steps-per-epoch", integer(1), None, "N", "at most N steps an epoch (default: all of the data)")
     add.value("--batch-size -b", integer(1), 256 if search else 96, "N", "images a step")
-    add.value("--learning-rate --lr", number(0), 0.1 if search else 0.025, "LR", "of the weights, at the start")
+    add.value(
+        "--learning-rate --lr", number(positive=True), 0.1 if search else 0.025, "LR", "of the weights, at the start"
+    )
     add.value("--learning-rate-min --lr-min", number(0), 0.0, "LR", "where the schedule ends; no epoch trains at 0")
     if not search:
         add.choice("--lr-schedule", "cosine|linear|step", "cosine", "learning rate by epoch")
         add.value("--lr-step-epochs --step-epoch", integer(1), 30, "N", "step schedule: epochs between two drops")
-        add.value("--lr-step-factor --decay-rate", number(0, 1), 0.1, "F", "step schedule: factor of a drop")
+        add.value(
+            "--lr-step-factor --decay-rate",
+            number(maximum=1, positive=True),
+            0.1,
+            "F",
+            "step schedule: factor of a drop",
+        )
     add.value("--lr-warmup-epochs", integer(0), 0, "N", "first epochs, in which the learning rate rises linearly")
     add.value("--momentum", number(0, 0.9999), 0.9, "M", "of SGD")
     add.value("--weight-decay --wd", number(0), 3e-4, "WD", "of the weights")
@@ -285,6 +299,9 @@ def check_run(config: Config) -> list[str]:
 
         if not torch.cuda.is_available():
             errors.append("--device: cuda was asked for, but torch sees no GPU; use --device cpu, or see doctor.py")
+    for dest in ("stem_bits", "classifier_bits"):
+        if getattr(config, dest) == 1:
+            errors.append(f"{_flag(dest)}: 1 bit leaves a signed input no level but zero; use 2-4, 8 or 32")
     if config.learning_rate_min > config.learning_rate:
         errors.append(
             f"--learning-rate-min: {config.learning_rate_min} is above --learning-rate {config.learning_rate}; lower it"
@@ -322,6 +339,12 @@ def check_search(config: Config) -> list[str]:
         errors.append(f"--init-from: {config.init_from} is no folder; give the folder of a search")
     if config.explicit("second_order") and not config.unrolled:
         errors.append("--second-order: only has a meaning with --unrolled; add it")
+    if config.gamma_level == "upper" and config.explicit("gamma_learning_rate"):
+        errors.append(
+            "--gamma-learning-rate: with --gamma-level upper the bits move by --arch-learning-rate; drop one of the two"
+        )
+    if config.method == "darts" and config.explicit("partial"):
+        errors.append("--partial: --method darts sends all channels through the operations; drop one of the two")
     if config.target_bitops and not (config.complexity_decay or config.arch_complexity_decay):
         errors.append("--target-bitops: needs a cost weight to adapt; give --complexity-decay above 0")
     if config.cost_weighting == "uniform" and config.arch_complexity_decay:

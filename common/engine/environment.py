@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -78,3 +79,15 @@ def _cpu() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
+
+
+def peak_memory_mb(device: Any) -> float:
+    """Largest memory so far, in MB (1e6 bytes): torch's on a GPU, the process's resident set elsewhere."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1e-6 if sys.platform == "darwin" else 1024e-6)  # bytes on macOS, kilobytes on Linux

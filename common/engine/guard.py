@@ -63,7 +63,7 @@ class FiniteGuard:
             self._copies[dtype] = torch.where(up, self._copies[dtype], _flat(group))
 
     def first_bad_step(self) -> int | None:
-        """Number of the first bad step (``base`` included), None when all were good. Reads the device: log points only."""
+        """Number of the first bad step (``base`` included), None when all were good. Reads the device: log points."""
         return self.base + int(self.good_steps) if float(self.halted) else None
 
     @torch.no_grad()

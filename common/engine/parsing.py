@@ -40,7 +40,7 @@ def integer(minimum: int | None = None, maximum: int | None = None) -> Callable[
     @_kind("int")
     def convert(text: str) -> int:
         try:
-            value = int(text)
+            value = int(text.removesuffix(".0"))  # the reference writes some whole numbers as floats
         except ValueError:
             raise ValueError(f"{text!r} is not a whole number; give one{_bounds(minimum, maximum)}") from None
         return _within(value, minimum, maximum)

@@ -25,6 +25,7 @@ from common.engine import distributed
 from common.engine.bilevel import ORDERS, Batch, architecture_gradients, inner_groups
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_adam, prepare_sgd
 from common.engine.progress import Eta, progress, say
+from common.engine.schedules import rate_at
 from common.engine.seeding import rng_state, set_rng_state
 
 GAMMA_LEVELS = ("lower", "upper")
@@ -58,8 +59,8 @@ class RunLike(Protocol):
 class SearchSettings:
     """Numbers of one search. The defaults are those of PC-DARTS and of NablaQDARTS on CIFAR-10.
 
-    ``learning_rate`` anneals by a cosine per epoch towards ``learning_rate_min``, which no epoch reaches: epoch e of E
-    uses cos(pi e / E). ``warmup_epochs`` epochs before that rise linearly. ``arch_begin_epoch`` epochs leave alphas and
+    ``learning_rate`` anneals by a cosine per epoch towards ``learning_rate_min``, which no epoch reaches, after
+    ``warmup_epochs`` epochs that rise linearly (``schedules.rate_at``). ``arch_begin_epoch`` epochs leave alphas and
     betas alone. Gammas move with the weights (``gamma_level="lower"``, SGD of their own) or with the alphas
     (``"upper"``: Adam at the architecture's learning rate). ``gamma_annealed=False`` keeps their rate constant: a
     controller of the cost needs its authority to the last step.
@@ -217,14 +218,13 @@ class SearchLoop:
     def start_epoch(self) -> None:
         """Set the learning rates that this epoch really uses."""
         s = self.settings
-        falling = 0.5 * (1 + math.cos(math.pi * self.epoch / s.epochs))
-        rate = s.learning_rate_min + (s.learning_rate - s.learning_rate_min) * falling
-        if self.epoch < s.warmup_epochs:
-            rate = s.learning_rate * (self.epoch + 1) / s.warmup_epochs
-        self.optimizers["weights"].param_groups[0]["lr"] = rate
+        self.optimizers["weights"].param_groups[0]["lr"] = rate_at(
+            self.epoch, epochs=s.epochs, rate=s.learning_rate, least=s.learning_rate_min, warmup=s.warmup_epochs
+        )
         if "gammas" in self.optimizers:
-            gamma_rate = s.gamma_learning_rate * (falling if s.gamma_annealed else 1.0)
-            self.optimizers["gammas"].param_groups[0]["lr"] = gamma_rate
+            rate = s.gamma_learning_rate
+            falling = rate_at(self.epoch, epochs=s.epochs, rate=rate) if s.gamma_annealed else rate
+            self.optimizers["gammas"].param_groups[0]["lr"] = falling
 
     def one_step(self) -> None:
         """Architecture step (once its epoch has come), then weight step, on this position's batches."""

@@ -8,9 +8,6 @@ resumed run computes the same bits as one that was never stopped. No step waits 
 
 from __future__ import annotations
 
-import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.engine import distributed
+from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_sgd
 from common.engine.metrics import ClassificationMeter
 from common.engine.progress import Eta, progress, say
+from common.engine.schedules import rate_at
 from common.engine.seeding import rng_state, set_rng_state
 
 Evaluate = Callable[[nn.Module], dict[str, Any]]
@@ -99,17 +98,17 @@ class TrainOutcome:
 
 
 def learning_rate_at(epoch: int, settings: TrainSettings) -> float:
-    """The learning rate of epoch 0 .. epochs - 1; the schedule's end lies after the last epoch, so none trains at 0."""
-    if epoch < settings.warmup_epochs:
-        return settings.learning_rate * (epoch + 1) / (settings.warmup_epochs + 1)
-    done = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
-    span = settings.learning_rate - settings.learning_rate_min
-    if settings.schedule == "cosine":
-        return settings.learning_rate_min + span * (1 + math.cos(math.pi * done)) / 2
-    if settings.schedule == "linear":
-        return settings.learning_rate_min + span * (1 - done)
-    assert settings.schedule == "step", settings.schedule
-    return settings.learning_rate * settings.step_factor ** (epoch // settings.step_epochs)
+    """The learning rate of epoch 0 .. epochs - 1 (`schedules.rate_at`)."""
+    return rate_at(
+        epoch,
+        epochs=settings.epochs,
+        rate=settings.learning_rate,
+        least=settings.learning_rate_min,
+        warmup=settings.warmup_epochs,
+        schedule=settings.schedule,
+        step_epochs=settings.step_epochs,
+        step_factor=settings.step_factor,
+    )
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -284,7 +283,7 @@ class _Training:
             "learning_rate": rate,
             "images_per_second": found["n"] / self.step * steps / max(seconds, 1e-9),
             "seconds": seconds,
-            "peak_memory_mb": _peak_memory_mb(self.device),
+            "peak_memory_mb": peak_memory_mb(self.device),
         }
         if self.run is not None:
             self.run.metrics(row, step=self.global_step)
@@ -401,13 +400,6 @@ def train(
 
 def _pair(output: Any) -> tuple[Tensor, Tensor | None]:
     return output if isinstance(output, tuple) else (output, None)
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _header(held_out: bool) -> str:

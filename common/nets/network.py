@@ -146,7 +146,7 @@ class Network(nn.Module):
             weight_bits=classifier_bits,
             activation_bits=classifier_bits,
             signed=True,
-            scheme=make_conv.keywords["scheme"],
+            **make_conv.keywords,
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -40,7 +40,7 @@ def attach_quantizers(
 ) -> None:
     """Give a layer its bits and the two quantisers of its operands.
 
-    A `signed` input (an image, the classifier's) is quantised on a symmetric grid, whatever the activation quantiser.
+    A `signed` input (an image, the classifier's) keeps its negatives: on a symmetric grid, or on LSQ's signed one.
     """
     layer.weight_bits, layer.activation_bits = check_bits(weight_bits), check_bits(activation_bits)
     layer.signed_input = signed

@@ -283,8 +283,10 @@ class LsqQuantizer(nn.Module):
     def __init__(self, bits: int, *, scheme: str = "default", signed: bool = False, per_sample: bool = True) -> None:
         super().__init__()
         if bits not in self.bits_allowed:
+            allowed = ", ".join(map(str, self.bits_allowed))
             raise ValueError(
-                f"bits: lsq supports {self.bits_allowed} bits, not {bits} (1 bit has no learned step here)"
+                f"--weight-quantizer, --activation-quantizer: lsq has {allowed} bits, this network asks for {bits}; "
+                "use the default quantisers, or other bits"
             )
         self.bits, self.signed, self.per_sample = bits, signed, per_sample
         self.top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1

@@ -24,16 +24,19 @@ from common.cost.target import TargetController, push_scale, within
 from common.data import ImageData, Stream, evaluation_batches, split_search
 from common.engine import CheckpointStore, Run, entropy, plain, read_json, seed_everything
 from common.engine.cli import VOLATILE, Config
-from common.engine.environment import versions
+from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
 from common.engine.search_loop import SearchLoop, SearchSettings, search
 from common.nets import Architecture, Supernet, build_network, build_supernet, genotype_to_json
 from common.nets.architecture import needs_bits
 from common.nets.darts_space import edge_softmax
+from common.recipes.presets import presets_for
 from common.recipes.setup import load_data, prepare_torch, shorten, stem_of
 from common.recipes.train import EVALUATION_BATCH, cost_text, evaluate_network
 
 ROOT = Path(__file__).resolve().parents[2]
+# Flags that the training shares with the search: where the data are, and what computes.
+_PLACES = ("data", "data_module", "image_size", "device", "precision")
 
 
 @dataclass
@@ -137,7 +140,7 @@ def _loop_arguments(
         "criterion": nn.CrossEntropyLoss(),
         # Weights do not change the cost, so in full precision the weight step has no cost term.
         "weight_term": _term(cost, config.complexity_decay if model.bits is not None else 0.0, controller),
-        "arch_term": _term(cost, config.arch_complexity_decay, controller),
+        "arch_term": _arch_term(config, cost, controller),
         "controller": controller,
     }
     indices = parts[1]
@@ -151,7 +154,7 @@ def _controller(config: Config, model: Supernet, cost: ExpectedCost, steps: int)
     """The multiplier of --target-bitops, its push scaled to the rates and the length of this search."""
     scale, gammas = 1.0, model.gamma_parameters()
     if gammas and config.complexity_decay and config.gamma_learning_rate and config.gamma_level == "lower":
-        rate = config.gamma_learning_rate / (1 - SearchSettings(epochs=1).gamma_momentum)
+        rate = config.gamma_learning_rate / (1 - config.momentum)
         scale = push_scale(cost.term(model), gammas, weight=config.complexity_decay, rate=rate, total_steps=steps)
     return TargetController(cost, config.target_bitops, total_steps=steps, scale=scale)
 
@@ -164,6 +167,7 @@ def search_settings(config: Config) -> SearchSettings:
     return SearchSettings(
         arch_begin_epoch=config.warmup_epochs,
         warmup_epochs=config.lr_warmup_epochs,
+        gamma_momentum=config.momentum,
         gamma_annealed=config.target_bitops is None,
         order=config.second_order if config.unrolled else "first",
         **{name: getattr(config, name) for name in (*same, *more, *rest)},
@@ -171,14 +175,23 @@ def search_settings(config: Config) -> SearchSettings:
 
 
 def _term(
-    cost: ExpectedCost, weight: float, controller: TargetController | None
+    cost: ExpectedCost, weight: float, controller: TargetController | None, share: float = 1.0
 ) -> Callable[[nn.Module], Tensor] | None:
-    """What a loss adds: weight x multiplier x the cost term."""
+    """What a loss adds: weight x multiplier x the cost term, of which alphas and betas feel `share`."""
     if not weight:
         return None
     if controller is None:
-        return lambda model: weight * cost.term(model)
-    return lambda model: (weight * controller.multiplier).to(model.alphas_normal.dtype) * cost.term(model)
+        return lambda model: weight * cost.term(model, share)
+    return lambda model: (weight * controller.multiplier).to(model.alphas_normal.dtype) * cost.term(model, share)
+
+
+def _arch_term(
+    config: Config, cost: ExpectedCost, controller: TargetController | None
+) -> Callable[[nn.Module], Tensor] | None:
+    """The cost term of the architecture step; gammas that move there keep the full weight, alphas and betas theirs."""
+    if config.gamma_level == "lower" or not config.complexity_decay:
+        return _term(cost, config.arch_complexity_decay, controller)
+    return _term(cost, config.complexity_decay, controller, config.arch_complexity_decay / config.complexity_decay)
 
 
 def _compile(model: Supernet, settings: SearchSettings) -> None:
@@ -224,8 +237,8 @@ def _describe(prepared: PreparedSearch) -> str:
     lines = [
         f"supernet: {config.method}, {config.init_channels} channels, {config.layers} cells, {bits}: "
         f"{weights / 1e6:.3f} M weights, {alphas} alphas and betas, {gammas} gammas",
-        f"data: {info.name}, {len(data.train):,} training images of {info.channels}x{info.image_size}x{info.image_size}, "
-        f"{config.train_portion:.0%} for weights, the rest for the architecture; "
+        f"data: {info.name}, {len(data.train):,} training images {info.channels}x{info.image_size}x{info.image_size},"
+        f" {config.train_portion:.0%} for weights, the rest for the architecture; "
         f"{loop['train_stream'].steps_per_epoch} steps an epoch, {config.epochs} epochs",
         f"cost: of {config.eval_layers} cells of {config.eval_init_channels} channels, {cost.cheapest / 1e9:.4g} to "
         f"{cost.dearest / 1e9:.4g} G BitOps can be reached, {cost.initial / 1e9:.4g} G expected at the start",
@@ -261,7 +274,7 @@ def evaluation_cost(config: Config, data: ImageData, architecture: Architecture)
 
 
 def parameter_free_share(architecture: Architecture) -> float:
-    """Share of the genotype's operations without weights: pooling, and the identity (not the halving of a reduction)."""
+    """Share of the genotype's operations without weights: pooling, and the identity (not a reduction's halving)."""
     free = []
     for reduction, pairs in ((False, architecture.genotype.normal), (True, architecture.genotype.reduce)):
         free += [not needs_bits(name, 2 if reduction and state < 2 else 1) for name, state in pairs]
@@ -404,20 +417,10 @@ def _record(run: Run, prepared: PreparedSearch, epoch: int, figures: dict[str, f
     run.history(row, epoch=epoch)
     scalars = {key: value for key, value in row.items() if isinstance(value, float)}
     scalars |= {key: figures[key] for key in ("learning_rate", "images_per_second", "seconds")}
-    scalars["peak_memory_mb"] = _peak_memory_mb(prepared.device)
+    scalars["peak_memory_mb"] = peak_memory_mb(prepared.device)
     steps = prepared.loop["train_stream"].steps_per_epoch
     run.metrics({"epoch": epoch, **scalars}, step=(epoch + 1) * steps)
     run.log(_epoch_text(row))
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    """Largest memory in MB: torch's on a GPU, the process's resident set elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource
-
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-6 if sys.platform == "darwin" else 1024e-6)
 
 
 def _conclude(
@@ -483,9 +486,10 @@ def train_command(config: Config, method: str, folder: Path) -> str:
     flags += ["--init-channels", str(config.eval_init_channels), "--layers", str(config.eval_layers)]
     defaults = {"stem": "auto", "scheme": "default", "stem_bits": 32, "classifier_bits": 32, "bit_mapping": "relative"}
     defaults |= {"data": None, "data_module": None, "image_size": None, "device": "auto", "precision": "fp32"}
-    for name, default in defaults.items():
+    defaults |= presets_for("train").get(config.preset or "", {})  # train.py will take them from the preset
+    for name in ("stem", "scheme", "stem_bits", "classifier_bits", "bit_mapping", *_PLACES):
         value = getattr(config, name)
-        if value != default:
+        if value != defaults[name] and value is not None:
             flags += [f"--{name.replace('_', '-')}", str(value)]
     if config.signed_activations:
         flags.append("--signed-activations")
@@ -512,9 +516,9 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
     whole = loop.steps * (settings.epochs * seconds["weight"] + searching * seconds["architecture"])
     print("\n".join(prepared.notes))
     print(
-        f"present choice: {row['exact_bitops'] / 1e9:.4g} G BitOps exact, {row['expected_bitops'] / 1e9:.4g} G expected\n"
-        f"steps of {config.batch_size} images: weights {seconds['weight']:.3f} s, architecture "
-        f"{seconds['architecture']:.3f} s ({settings.order}), peak memory {_peak_memory_mb(prepared.device):,.0f} MB; "
+        f"present choice: {row['exact_bitops'] / 1e9:.4g} G BitOps exact, {row['expected_bitops'] / 1e9:.4g} G expected"
+        f"\nsteps of {config.batch_size} images: weights {seconds['weight']:.3f} s, architecture "
+        f"{seconds['architecture']:.3f} s ({settings.order}), peak memory {peak_memory_mb(prepared.device):,.0f} MB; "
         f"{loop.steps} steps an epoch, {settings.epochs} epochs: about {duration(whole)} (evaluation not counted)\n"
         "dry run: nothing was written"
     )

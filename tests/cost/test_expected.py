@@ -329,3 +329,22 @@ def test_uniform_weighting_needs_bits() -> None:
     net = supernet(bits=None, layers=3)
     with pytest.raises(ValueError, match="uniform"):
         ExpectedCost(net, input_size=16, eval_init_channels=8, eval_layers=6, weighting="uniform")
+
+
+def test_alphas_and_betas_can_feel_a_share_of_the_term() -> None:
+    """`share` scales the gradient of alphas and betas alone; value and gammas' gradient stay (--gamma-level upper)."""
+    torch.manual_seed(3)
+    supernet = build_supernet(bits=(2, 4), num_classes=10, init_channels=8, layers=3)
+    for parameter in (*supernet.arch_parameters(), *supernet.gamma_parameters()):
+        torch.nn.init.normal_(parameter)
+    cost = ExpectedCost(supernet, input_size=16, eval_init_channels=8, eval_layers=3)
+    groups = [*supernet.arch_parameters(), *supernet.gamma_parameters()]
+    found = {}
+    for share in (1.0, 0.1):
+        term = cost.term(supernet, share)
+        found[share] = (term.item(), torch.autograd.grad(term, groups))
+    assert found[0.1][0] == pytest.approx(found[1.0][0], rel=1e-6)
+    count = len(supernet.arch_parameters())
+    for k, (whole, part) in enumerate(zip(found[1.0][1], found[0.1][1], strict=True)):
+        torch.testing.assert_close(part, whole * (0.1 if k < count else 1.0), rtol=1e-4, atol=1e-9)
+    assert all(gradient.abs().max() > 0 for gradient in found[1.0][1][:count])

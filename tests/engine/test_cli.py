@@ -285,7 +285,7 @@ values = st.fixed_dictionaries(
         "seed": st.integers(0, 2**63),
         "epochs": st.integers(16, 10**6),
         "batch_size": st.integers(1, 10**6),
-        "learning_rate": numbers,
+        "learning_rate": st.floats(1e-9, 1e6),
         "complexity_decay": st.floats(1e-12, 1e3),
         "arch_complexity_decay": numbers,
         "target_bitops": st.floats(1e-3, 1e15),
