@@ -47,8 +47,9 @@ mkdir -p "$out"
 
 step() { printf '\n[%s/6] %s   (%d:%02d since the start)\n' "$1" "$2" $((SECONDS / 60)) $((SECONDS % 60)); }
 run() { printf '$ %s\n' "$*"; "$@"; }
-# One value of the training preset: its sizes stand there and nowhere else.
-preset() { python qdarts/train.py --preset "$size" --print-config | awk -v key="$1" '$1 == key {print $2}'; }
+# The sizes stand in the training preset and nowhere else.
+preset=$(python qdarts/train.py --preset "$size" --print-config)
+preset() { awk -v key="$1" '$1 == key {print $2}' <<<"$preset"; }
 
 length="about 5 to 8 minutes on 2 CPU cores"
 if [ "$size" = smoke ]; then length="a minute or two; the figures mean nothing"; fi

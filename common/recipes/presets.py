@@ -56,7 +56,7 @@ PRESETS: dict[str, Preset] = {
             **_SMALL,
             "init_channels": 8,
             "layers": 5,
-            "epochs": 20,
+            "epochs": 16,
             "batch_size": 64,
             "learning_rate": 0.05,
             "drop_path_prob": 0.0,
