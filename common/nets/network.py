@@ -15,6 +15,7 @@ from common.nets.darts_space import CellPlan, check_image_size, output_channels,
 from common.nets.operations import OPERATIONS, ConvFactory, drop_path, plain_convolution, preprocess
 from common.quant import FLOAT_BITS, QuantConv2d, QuantLinear, step_parameters
 from common.quant.layers import attach_quantizers
+from genotypes import Genotype
 
 STEMS = ("cifar", "imagenet")
 _FLOAT: Bits = (FLOAT_BITS, FLOAT_BITS)
@@ -206,7 +207,7 @@ def _cell_bits(architecture: Architecture, plans: list[CellPlan]) -> list[CellBi
 
 
 def build_network(
-    architecture: Architecture,
+    architecture: Architecture | Genotype,
     *,
     stem: str = "cifar",
     in_channels: int = 3,
@@ -221,7 +222,7 @@ def build_network(
     stem_bits: int = FLOAT_BITS,
     classifier_bits: int = FLOAT_BITS,
 ) -> Network:
-    """Build the evaluation network of an architecture.
+    """Build the evaluation network of an architecture (a bare genotype: in full precision).
 
     `stem` "cifar" (full resolution, 3 x init_channels) or "imagenet" (to 1/8, init_channels). The architecture's bit
     policy sets the bits of every convolution of the cells; stem, classifier and auxiliary head stay full precision
@@ -229,6 +230,8 @@ def build_network(
     `signed_activations` keeps the negatives of 8-bit activations. `scheme` "reference" is the reference's per-channel
     8 bits. Raises ValueError on unknown names and sizes.
     """
+    if isinstance(architecture, Genotype):
+        architecture = Architecture(architecture)
     if stem not in STEMS:
         raise ValueError(f"stem: {stem!r} is unknown; choose cifar or imagenet")
     for flag, value in (("--init-channels", init_channels), ("--layers", layers), ("classes", num_classes)):

@@ -531,7 +531,7 @@ class Supernet(nn.Module):
 
 def build_supernet(
     *,
-    method: str = "pc-darts",
+    method: str = "darts",
     bits: Sequence[int] | None = None,
     stem: str = "cifar",
     in_channels: int = 3,

@@ -334,7 +334,7 @@ def test_uniform_weighting_needs_bits() -> None:
 def test_alphas_and_betas_can_feel_a_share_of_the_term() -> None:
     """`share` scales the gradient of alphas and betas alone; value and gammas' gradient stay (--gamma-level upper)."""
     torch.manual_seed(3)
-    supernet = build_supernet(bits=(2, 4), num_classes=10, init_channels=8, layers=3)
+    supernet = build_supernet(method="pc-darts", bits=(2, 4), num_classes=10, init_channels=8, layers=3)
     for parameter in (*supernet.arch_parameters(), *supernet.gamma_parameters()):
         torch.nn.init.normal_(parameter)
     cost = ExpectedCost(supernet, input_size=16, eval_init_channels=8, eval_layers=3)
