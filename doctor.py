@@ -188,11 +188,20 @@ def check_data(folder: Path) -> list[Finding]:
     value = "bundled with scikit-learn, 1797 images" if good else "scikit-learn, which has them, is not installed"
     findings = [judge("data", "digits", good, value, SETUP, "missing")]
     for name, (entry, megabytes) in DATA_FILES.items():
-        path = folder / entry
-        good = path.is_dir() and any(path.iterdir())
+        path = _located(name, folder, folder / entry)
+        good = path is not None
         cure = f"--data DIR, the folder with {entry} in it; else it is downloaded at its first use ({megabytes} MB)"
         findings.append(judge("data", name, good, str(path) if good else f"not under {folder}", cure))
     return findings
+
+
+def _located(name: str, folder: Path, usual: Path) -> Path | None:
+    """What the loader would read: unpacked files or an archive. Without torch, which the loader needs: the usual folder."""
+    try:
+        from common.data import locate
+    except ImportError:
+        return usual if usual.is_dir() and any(usual.iterdir()) else None
+    return locate(name, folder)
 
 
 def check_features(_: Path) -> list[Finding]:
