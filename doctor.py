@@ -196,7 +196,7 @@ def check_data(folder: Path) -> list[Finding]:
 
 
 def _located(name: str, folder: Path, usual: Path) -> Path | None:
-    """What the loader would read: unpacked files or an archive. Without torch, which the loader needs: the usual folder."""
+    """What the loader would read: unpacked files or an archive. Without torch: the usual folder."""
     try:
         from common.data import locate
     except ImportError:
