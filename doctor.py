@@ -30,15 +30,10 @@ MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 11)
 GIB = 2**30
 # A CIFAR-10 search keeps a few checkpoints of some 100 MB each.
-MIN_DISK = 2 * GIB
-MIN_MEMORY = 2 * GIB
+MIN_DISK = MIN_MEMORY = 2 * GIB
 
-# Data set -> what stands for it below the data folder (torchvision's own layout), and its download in MB.
-DATA_FILES = {
-    "cifar10": ("cifar-10-batches-py", 170),
-    "cifar100": ("cifar-100-python", 169),
-    "mnist": ("MNIST/raw", 12),
-}
+# Data set -> what stands for it below the data folder (torchvision's own layout).
+DATA_FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "mnist": "MNIST/raw"}
 # Module -> (what it is for, cure).
 OPTIONAL = {
     "ffcv": ("the fast ImageNet loader", f"{SETUP} ffcv (after its compiler and headers: requirements-ffcv.txt)"),
@@ -187,10 +182,10 @@ def check_data(folder: Path) -> list[Finding]:
     good = importlib.util.find_spec("sklearn") is not None
     value = "bundled with scikit-learn, 1797 images" if good else "scikit-learn, which has them, is not installed"
     findings = [judge("data", "digits", good, value, SETUP, "missing")]
-    for name, (entry, megabytes) in DATA_FILES.items():
+    for name, entry in DATA_FILES.items():
         path = _located(name, folder, folder / entry)
         good = path is not None
-        cure = f"--data DIR, the folder with {entry} in it; else it is downloaded at its first use ({megabytes} MB)"
+        cure = f"--data DIR, the folder with {entry} in it; else it is downloaded at its first use"
         findings.append(judge("data", name, good, str(path) if good else f"not under {folder}", cure))
     return findings
 

@@ -20,7 +20,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "metrics": ("ClassificationMeter", "entropy"),
     "progress": ("Eta", "duration", "say"),  # progress() itself would be hidden by its module: import it from there
     "run": ("Run",),
-    "schedules": ("SCHEDULES", "rate_at"),
+    "schedules": ("rate_at",),
     "search_loop": ("SearchOutcome", "SearchSettings", "search"),
     "seeding": ("derive", "rng_state", "seed_everything", "set_rng_state"),
     "train_loop": ("TrainOutcome", "TrainSettings", "train"),

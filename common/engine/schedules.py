@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import math
 
-SCHEDULES = ("cosine", "linear", "step")
-
 
 def rate_at(
     epoch: int,
