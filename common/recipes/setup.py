@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both recipes prepare in the same way: device, threads, data, stem, shortened epochs."""
+"""What both recipes prepare in the same way: device, threads, data, stem, epochs, run folder."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.data import ImageData, load
-from common.engine.cli import Config
+from common.engine import Run
+from common.engine.cli import VOLATILE, Config
 from common.engine.train_loop import BatchStream
 
 
@@ -48,3 +51,21 @@ def stem_of(config: Config, image_size: int) -> str:
     if config.stem != "auto":
         return config.stem
     return "imagenet" if image_size >= 128 else "cifar"
+
+
+def open_run(config: Config, *, method: str, stage: str, dataset: str) -> Run:
+    """The run folder that the flags ask for (--save, --runs, --resume)."""
+    return Run.open(
+        method=method,
+        stage=stage,
+        dataset=dataset,
+        seed=config.seed,
+        config=config.as_dict(),
+        sources=config.sources,
+        argv=sys.argv,
+        root=config.runs,
+        save=config.save,
+        resume=Path(config.resume) if config.resume not in (None, "auto") else config.resume,
+        volatile=VOLATILE,
+        tensorboard=config.tensorboard,
+    )

@@ -8,7 +8,6 @@ trained network back from its run folder; evaluation, quantisation and export bu
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 
 from common.cost import Cost, network_cost
 from common.data import DatasetInfo, ImageData, Stream, evaluation_batches, hold_out
-from common.engine import CheckpointStore, ClassificationMeter, Run, load_state, read_json, seed_everything
-from common.engine.cli import VOLATILE, Config
+from common.engine import CheckpointStore, ClassificationMeter, load_state, read_json, seed_everything
+from common.engine.cli import Config
 from common.engine.progress import duration
 from common.engine.train_loop import BatchStream, TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
-from common.recipes.setup import load_data, prepare_torch, shorten, stem_of
+from common.recipes.setup import load_data, open_run, prepare_torch, shorten, stem_of
 
 EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's output depend on its batch
 # What a network may have and the one whose weights it starts from may lack: learned steps and running ranges.
@@ -232,20 +231,7 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
     }
     if config.dry_run:
         return _dry_run(prepared, stream, settings, arguments)
-    run = Run.open(
-        method=method,
-        stage="train",
-        dataset=prepared.data.info.name,
-        seed=config.seed,
-        config=config.as_dict(),
-        sources=config.sources,
-        argv=sys.argv,
-        root=config.runs,
-        save=config.save,
-        resume=Path(config.resume) if config.resume not in (None, "auto") else config.resume,
-        volatile=VOLATILE,
-        tensorboard=config.tensorboard,
-    )
+    run = open_run(config, method=method, stage="train", dataset=prepared.data.info.name)
     with run:
         if run.already_finished:
             return read_json(run.folder / "result.json")

@@ -19,8 +19,10 @@ from common.cost import network_cost
 from common.data import split_search
 from common.engine import CheckpointStore, read_json
 from common.nets import build_network, build_supernet, load_architecture
+from common.recipes.findings import parameter_free_share
 from common.recipes.flags import resolve_search, resolve_training, search_parser, training_parser
-from common.recipes.search import parameter_free_share, prepare_search, run_search
+from common.recipes.search import run_search
+from common.recipes.search_setup import prepare_search
 from genotypes import lookup
 
 SMALL = ("--nodes", "2", "--multiplier", "2")

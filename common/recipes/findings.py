@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search has found so far: its cost, how sure it is, the row of an epoch, and the command that trains it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.cost import Cost, network_cost
+from common.data import ImageData
+from common.engine import entropy
+from common.engine.cli import Config
+from common.nets import Architecture, build_network
+from common.nets.architecture import needs_bits
+from common.nets.darts_space import edge_softmax
+from common.recipes.presets import presets_for
+from common.recipes.search_setup import PreparedSearch
+from common.recipes.setup import stem_of
+
+ROOT = Path(__file__).resolve().parents[2]
+# Flags that the training shares with the search: where the data are, and what computes.
+_PLACES = ("data", "data_module", "image_size", "device", "precision")
+
+
+def evaluation_cost(config: Config, data: ImageData, architecture: Architecture) -> Cost:
+    """Exact cost of the network that the architecture would be trained as. Nothing is computed, no random drawn."""
+    info = data.info
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = build_network(
+            architecture,
+            stem=stem_of(config, info.image_size),
+            in_channels=info.channels,
+            num_classes=info.num_classes,
+            init_channels=config.eval_init_channels,
+            layers=config.eval_layers,
+            scheme=config.scheme,
+            stem_bits=config.stem_bits,
+            classifier_bits=config.classifier_bits,
+        )
+    return network_cost(network, info.image_size)
+
+
+def parameter_free_share(architecture: Architecture) -> float:
+    """Share of the genotype's operations without weights: pooling, and the identity (not a reduction's halving)."""
+    free = []
+    for reduction, pairs in ((False, architecture.genotype.normal), (True, architecture.genotype.reduce)):
+        free += [not needs_bits(name, 2 if reduction and state < 2 else 1) for name, state in pairs]
+    return sum(free) / len(free)
+
+
+@torch.no_grad()
+def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, Any]:
+    """A line of history.jsonl: what the search would give now, and how sure it is. Free of clock and machine."""
+    model, cost, controller = prepared.supernet, prepared.cost, prepared.controller
+    architecture = model.architecture()
+    found = evaluation_cost(prepared.config, prepared.data, architecture)
+    data = architecture.to_json()
+    betas = None
+    if model.betas_normal is not None and model.betas_reduce is not None:
+        pairs = {"normal": model.betas_normal, "reduce": model.betas_reduce}
+        betas = {kind: _rounded(edge_softmax(logits, model.nodes)) for kind, logits in pairs.items()}
+    gammas = list(model.gamma_parameters())
+    row = {
+        "genotype": data["genotype"],
+        "bits": data["bits"],
+        **{key: figures.get(key) for key in ("train_loss", "train_top1", "valid_loss", "valid_top1")},
+        "expected_bitops": float(cost(model)),
+        "exact_bitops": float(found.bitops),
+        "exact_bitops_quantized": float(found.bitops_quantized),
+        "exact_bitops_paper": float(found.bitops_paper),
+        "alpha_entropy": float(entropy(torch.cat([model.alphas_normal, model.alphas_reduce]))),
+        "gamma_entropy": float(entropy(torch.cat([g.flatten(0, -2) for g in gammas]))) if gammas else None,
+        "parameter_free_share": parameter_free_share(architecture),
+        "alphas": {kind: _rounded(getattr(model, f"alphas_{kind}").softmax(-1)) for kind in ("normal", "reduce")},
+        "betas": betas,
+        # The mean probability of each bit-width, by kind of cell and operand.
+        "gammas": {name: _rounded(g.softmax(-1).flatten(0, -2).mean(0)) for name, g in model.gammas.items()},
+    }
+    if controller is not None:
+        row["cost_multiplier"] = float(controller.multiplier)
+        row["steered_bitops"] = float(cost.exact(model))
+    return row
+
+
+def _rounded(values: Tensor) -> list[Any]:
+    return torch.round(values.double(), decimals=6).tolist()
+
+
+def epoch_text(row: dict[str, Any]) -> str:
+    """What is printed of an epoch."""
+    genotype = row["genotype"]
+    text = "\n".join(
+        [
+            f"  genotype: normal {_pairs(genotype['normal'])}",
+            f"            reduce {_pairs(genotype['reduce'])}",
+            f"  train loss {row['train_loss']:.4f}, top-1 {100 * row['train_top1']:.2f}%; "
+            f"valid loss {row['valid_loss']:.4f}, top-1 {100 * row['valid_top1']:.2f}%",
+            f"  BitOps expected {row['expected_bitops'] / 1e9:.4g} G, exact {row['exact_bitops'] / 1e9:.4g} G "
+            f"({row['exact_bitops_quantized'] / 1e9:.4g} G in quantised layers); "
+            f"{row['parameter_free_share']:.0%} of the operations without parameters",
+            f"  entropy of alphas {row['alpha_entropy']:.4f}"
+            + (f", of gammas {row['gamma_entropy']:.4f}" if row["gamma_entropy"] is not None else ""),
+        ]
+    )
+    if "cost_multiplier" in row:
+        text += f"; cost multiplier {row['cost_multiplier']:+.3f}, steered cost {row['steered_bitops'] / 1e9:.4g} G"
+    return text
+
+
+def _pairs(pairs: list[list[Any]]) -> str:
+    return " ".join(f"{name}:{state}" for name, state in pairs)
+
+
+def train_command(config: Config, method: str, folder: Path) -> str:
+    """The command that trains what was found, as typed in the present folder."""
+    flags = ["--arch", os.path.relpath(folder), "--dataset", config.dataset]
+    if config.preset:
+        flags = ["--preset", config.preset, *flags]
+    flags += ["--init-channels", str(config.eval_init_channels), "--layers", str(config.eval_layers)]
+    defaults = {"stem": "auto", "scheme": "default", "stem_bits": 32, "classifier_bits": 32, "bit_mapping": "relative"}
+    defaults |= {"data": None, "data_module": None, "image_size": None, "device": "auto", "precision": "fp32"}
+    defaults |= presets_for("train").get(config.preset or "", {})  # train.py will take them from the preset
+    for name in ("stem", "scheme", "stem_bits", "classifier_bits", "bit_mapping", *_PLACES):
+        value = getattr(config, name)
+        if value != defaults[name] and value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    if config.signed_activations:
+        flags.append("--signed-activations")
+    return shlex.join(["python", os.path.relpath(ROOT / method / "train.py"), *flags])

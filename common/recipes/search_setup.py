@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search is made of, from its flags: data in two streams, supernet, cost and its controller, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.cost import ExpectedCost
+from common.cost.target import TargetController, push_scale
+from common.data import ImageData, Stream, split_search
+from common.engine import CheckpointStore, read_json, seed_everything
+from common.engine.cli import Config
+from common.engine.search_loop import SearchSettings
+from common.nets import Supernet, build_supernet
+from common.recipes.setup import load_data, prepare_torch, shorten, stem_of
+
+
+@dataclass
+class PreparedSearch:
+    """All that a search needs, built from its flags, before any folder is made."""
+
+    config: Config
+    device: torch.device
+    data: ImageData
+    supernet: Supernet
+    cost: ExpectedCost
+    loop: dict[str, Any]
+    """Arguments of `search` and `SearchLoop`: streams, settings, criterion, terms, controller."""
+    evaluation_indices: Tensor
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def controller(self) -> TargetController | None:
+        """The multiplier of --target-bitops, None without a target."""
+        return self.loop["controller"]
+
+
+def searched_bits(config: Config) -> tuple[int, ...] | None:
+    """The bit-widths under search; None (full precision) for `--bits 32` or none at all."""
+    return None if not config.bits or list(config.bits) == [32] else tuple(config.bits)
+
+
+def prepare_search(config: Config, supernet: Callable[..., Supernet] | None = None) -> PreparedSearch:
+    """Data, supernet, cost and streams, with everything refused that does not fit together (ValueError)."""
+    device = prepare_torch(config)
+    data = load_data(config)
+    info, bits = data.info, searched_bits(config)
+    seed_everything(config.seed, deterministic=config.deterministic)
+    model = (supernet or build_supernet)(
+        method=config.method,
+        bits=bits,
+        stem=stem_of(config, info.image_size),
+        in_channels=info.channels,
+        num_classes=info.num_classes,
+        init_channels=config.init_channels,
+        layers=config.layers,
+        partial=config.partial,
+        scheme=config.scheme,
+        nodes=config.nodes,
+        multiplier=config.multiplier,
+        signed_activations=config.signed_activations,
+        bit_mapping=config.bit_mapping,
+    )
+    notes = [_start_from(model, config.init_from)] if getattr(config, "init_from", None) else []
+    cost = ExpectedCost(
+        model,
+        input_size=info.image_size,
+        eval_init_channels=config.eval_init_channels,
+        eval_layers=config.eval_layers,
+        accounting=config.cost_accounting,
+        weighting=config.cost_weighting,
+        mapping=config.bit_mapping,
+        stem_bits=config.stem_bits,
+        classifier_bits=config.classifier_bits,
+    ).to(device)
+    model.to(device)
+    data = data.to(device)
+    loop, indices = _loop_arguments(config, data, model, cost, device)
+    prepared = PreparedSearch(config, device, data, model, cost, loop, indices, notes)
+    prepared.notes.insert(0, _describe(prepared))
+    if config.compile:
+        _compile(model, loop["settings"])
+    return prepared
+
+
+def _loop_arguments(
+    config: Config, data: ImageData, model: Supernet, cost: ExpectedCost, device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """The streams over the two parts of the training set, the settings, and the cost terms with their controller."""
+    parts = split_search(data.train.labels, config.train_portion, config.seed)
+    streams = [
+        Stream(
+            data.train,
+            data.info,
+            indices=indices,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            name=name,
+            augment=True,
+            cutout=config.cutout_length if config.cutout else None,
+            device=device,
+        )
+        for name, indices in zip(("search-train", "search-valid"), parts, strict=True)
+    ]
+    train_stream = shorten(streams[0], config.steps_per_epoch)
+    controller = None
+    if config.target_bitops is not None:
+        controller = _controller(config, model, cost, config.epochs * train_stream.steps_per_epoch).to(device)
+    arguments = {
+        "train_stream": train_stream,
+        "valid_stream": streams[1],
+        "settings": search_settings(config),
+        "criterion": nn.CrossEntropyLoss(),
+        # Weights do not change the cost, so in full precision the weight step has no cost term.
+        "weight_term": _term(cost, config.complexity_decay if model.bits is not None else 0.0, controller),
+        "arch_term": _arch_term(config, cost, controller),
+        "controller": controller,
+    }
+    indices = parts[1]
+    if config.steps_per_epoch is not None:
+        # Shortened epochs must not be outweighed by their evaluation: as many images as they train on, spread evenly.
+        indices = indices[:: max(1, len(indices) // (config.steps_per_epoch * config.batch_size))]
+    return arguments, indices
+
+
+def _controller(config: Config, model: Supernet, cost: ExpectedCost, steps: int) -> TargetController:
+    """The multiplier of --target-bitops, its push scaled to the rates and the length of this search."""
+    scale, gammas = 1.0, model.gamma_parameters()
+    if gammas and config.complexity_decay and config.gamma_learning_rate and config.gamma_level == "lower":
+        rate = config.gamma_learning_rate / (1 - config.momentum)
+        scale = push_scale(cost.term(model), gammas, weight=config.complexity_decay, rate=rate, total_steps=steps)
+    return TargetController(cost, config.target_bitops, total_steps=steps, scale=scale)
+
+
+def search_settings(config: Config) -> SearchSettings:
+    """The loop's settings as the flags give them."""
+    same = ("epochs", "learning_rate", "learning_rate_min", "momentum", "weight_decay", "grad_clip", "precision")
+    more = ("arch_learning_rate", "arch_weight_decay", "gamma_learning_rate", "gamma_weight_decay", "gamma_level")
+    rest = ("log_every", "checkpoint_minutes")
+    return SearchSettings(
+        arch_begin_epoch=config.warmup_epochs,
+        warmup_epochs=config.lr_warmup_epochs,
+        gamma_momentum=config.momentum,
+        gamma_annealed=config.target_bitops is None,
+        order=config.second_order if config.unrolled else "first",
+        **{name: getattr(config, name) for name in (*same, *more, *rest)},
+    )
+
+
+def _term(
+    cost: ExpectedCost, weight: float, controller: TargetController | None, share: float = 1.0
+) -> Callable[[nn.Module], Tensor] | None:
+    """What a loss adds: weight x multiplier x the cost term, of which alphas and betas feel `share`."""
+    if not weight:
+        return None
+    if controller is None:
+        return lambda model: weight * cost.term(model, share)
+    return lambda model: (weight * controller.multiplier).to(model.alphas_normal.dtype) * cost.term(model, share)
+
+
+def _arch_term(
+    config: Config, cost: ExpectedCost, controller: TargetController | None
+) -> Callable[[nn.Module], Tensor] | None:
+    """The cost term of the architecture step; gammas that move there keep the full weight, alphas and betas theirs."""
+    if config.gamma_level == "lower" or not config.complexity_decay:
+        return _term(cost, config.arch_complexity_decay, controller)
+    return _term(cost, config.complexity_decay, controller, config.arch_complexity_decay / config.complexity_decay)
+
+
+def _compile(model: Supernet, settings: SearchSettings) -> None:
+    if settings.order == "exact":
+        raise ValueError("--compile: compiled code is not differentiated twice; use --second-order finite-difference")
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True
+    model.compile()
+
+
+def _start_from(model: Supernet, run: Path) -> str:
+    """Load the weights of an earlier search (not its alphas, betas and gammas); ValueError unless all of them fit."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"--init-from {run}: no run lies there (no config.json); give the folder of a search")
+    record = read_json(run / "config.json")
+    found = None
+    if isinstance(record, dict) and record.get("stage") == "search":
+        found = CheckpointStore(run / "checkpoints", config_digest=record.get("digest", "")).latest()
+    if found is None:
+        raise ValueError(f"--init-from {run}: holds no valid checkpoint of a search; give the folder of one")
+    logits = {id(p) for p in (*model.arch_parameters(), *model.gamma_parameters())}
+    chosen = {name for name, p in model.named_parameters() if id(p) in logits}
+    ours = {name: tensor for name, tensor in model.state_dict().items() if name not in chosen}
+    theirs = found[0]["model"]
+    wrong = [name for name, t in ours.items() if name not in theirs or theirs[name].shape != t.shape]
+    if wrong:
+        raise ValueError(
+            f"--init-from {run}: {len(wrong)} of its tensors do not fit, first {wrong[0]}; start from a search of the "
+            "same --method, --layers, --init-channels, --partial, --nodes, --stem, --scheme and data"
+        )
+    model.load_state_dict({name: theirs[name] for name in ours}, strict=False)
+    return f"started from {run} (after epoch {found[0]['epoch']}): {len(ours)} tensors loaded"
+
+
+def _describe(prepared: PreparedSearch) -> str:
+    config, data, model = prepared.config, prepared.data, prepared.supernet
+    info, loop, cost = data.info, prepared.loop, prepared.cost
+    weights = sum(p.numel() for p in model.weight_parameters())
+    gammas = sum(p.numel() for p in model.gamma_parameters())
+    alphas = sum(p.numel() for p in model.arch_parameters())
+    bits = "full precision" if model.bits is None else f"bits {', '.join(map(str, model.bits))}"
+    lines = [
+        f"supernet: {config.method}, {config.init_channels} channels, {config.layers} cells, {bits}: "
+        f"{weights / 1e6:.3f} M weights, {alphas} alphas and betas, {gammas} gammas",
+        f"data: {info.name}, {len(data.train):,} training images {info.channels}x{info.image_size}x{info.image_size},"
+        f" {config.train_portion:.0%} for weights, the rest for the architecture; "
+        f"{loop['train_stream'].steps_per_epoch} steps an epoch, {config.epochs} epochs",
+        f"cost: of {config.eval_layers} cells of {config.eval_init_channels} channels, {cost.cheapest / 1e9:.4g} to "
+        f"{cost.dearest / 1e9:.4g} G BitOps can be reached, {cost.initial / 1e9:.4g} G expected at the start",
+    ]
+    if config.target_bitops is not None:
+        lines.append(f"target: {config.target_bitops / 1e9:.4g} G BitOps, within 10%")
+    return "\n".join([*lines, *(note for key in ("train_stream", "valid_stream") for note in _stream_notes(loop[key]))])
+
+
+def _stream_notes(stream: Any) -> tuple[str, ...]:
+    return getattr(getattr(stream, "stream", stream), "notes", ())
