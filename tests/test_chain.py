@@ -6,6 +6,7 @@ Also every command and code block of README.md and docs/: the files exist, the f
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -128,7 +129,7 @@ def _blocks(language: str) -> list[tuple[str, str]]:
 
 def test_the_files_that_the_documents_name_exist(root: Path) -> None:
     for name, block in _blocks("bash"):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             scripts = [w for w in words if re.fullmatch(r"[\w/]+\.(py|sh)", w)]
             modules = [words[i + 1] for i, w in enumerate(words[:-1]) if w == "-m"]
@@ -153,7 +154,9 @@ def _documented() -> list[str]:
 @pytest.mark.parametrize("line", _documented())
 def test_documented_flags_parse(root: Path, tmp_path: Path, chain: dict[str, Path], line: str) -> None:
     """--print-config runs the whole of flag handling: presets, files, cross checks."""
-    words = [str(chain["found"]) if "RUN" in w else w for w in shlex.split(line, comments=True)[1:]]
+    words = [
+        str(chain["found"]) if w.startswith("runs/") or w == "RUN" else w for w in shlex.split(line, comments=True)[1:]
+    ]
     words = [str(tmp_path) if w == "DIR" else w for w in words]
     if words[0] != "-m":
         words[0] = str(root / words[0])
@@ -165,3 +168,18 @@ def test_documented_python_runs(root: Path, tmp_path: Path, name: str, block: st
     if "def " in block and "import" not in block:
         pytest.skip("a fragment")
     python(root, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{block}", cwd=tmp_path)
+
+
+def test_the_table_in_the_readme_is_the_measured_one(root: Path) -> None:
+    """Accuracies and BitOps of README.md's table are those of results/quickstart.csv."""
+    lines = [line for line in (root / "README.md").read_text(encoding="utf-8").splitlines() if " ± " in line]
+    with open(root / "results" / "quickstart.csv", newline="", encoding="utf-8") as file:
+        measured = list(csv.DictReader(file))
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == len(measured) == 4
+    for line, row in zip(rows, measured, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == row["architecture"]
+        assert cells[2] == f"{100 * float(row['accuracy']):.2f} ± {100 * float(row['accuracy_std']):.2f}"
+        assert float(cells[5].split("/")[0]) == pytest.approx(float(row["bitops"]) / 1e6, rel=1e-2)
+        assert cells[8] == row["n"]
