@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,34 +25,13 @@ from common.engine import distributed
 from common.engine.bilevel import ORDERS, Batch, architecture_gradients, inner_groups
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_adam, prepare_sgd
 from common.engine.progress import Eta, progress, say
+from common.engine.protocols import BatchStream, RunLike
 from common.engine.schedules import rate_at
 from common.engine.seeding import rng_state, set_rng_state
 
 GAMMA_LEVELS = ("lower", "upper")
 
 Term = Callable[[nn.Module], Tensor]
-
-
-class Stream(Protocol):
-    """Batches as a pure function of their position."""
-
-    steps_per_epoch: int
-
-    def batch(self, epoch: int, step: int) -> Batch:
-        """``(x, y)`` on the device."""
-        ...
-
-
-class RunLike(Protocol):
-    """What the loop needs of a run folder (``common.engine.run.Run``)."""
-
-    checkpoints: Any
-
-    def log(self, text: str) -> None:
-        """A line for the user and for log.txt."""
-
-    def resume_state(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The newest checkpoint, None for a fresh run."""
 
 
 @dataclass(kw_only=True)
@@ -153,8 +132,8 @@ class SearchLoop:
         self,
         model: nn.Module,
         *,
-        train_stream: Stream,
-        valid_stream: Stream,
+        train_stream: BatchStream,
+        valid_stream: BatchStream,
         settings: SearchSettings,
         criterion: Callable[[Tensor, Tensor], Tensor],
         weight_term: Term | None = None,
@@ -435,8 +414,8 @@ class SearchLoop:
 def search(
     model: nn.Module,
     *,
-    train_stream: Stream,
-    valid_stream: Stream,
+    train_stream: BatchStream,
+    valid_stream: BatchStream,
     settings: SearchSettings,
     criterion: Callable[[Tensor, Tensor], Tensor],
     weight_term: Term | None = None,

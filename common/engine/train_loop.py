@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,38 +23,11 @@ from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_sgd
 from common.engine.metrics import ClassificationMeter
 from common.engine.progress import Eta, progress, say
+from common.engine.protocols import BatchStream, RunLike
 from common.engine.schedules import rate_at
 from common.engine.seeding import rng_state, set_rng_state
 
 Evaluate = Callable[[nn.Module], dict[str, Any]]
-
-
-class BatchStream(Protocol):
-    """Where batches come from: `batch(epoch, step)` is a pure function, step in 0 .. steps_per_epoch - 1."""
-
-    steps_per_epoch: int
-
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] and labels [B] on the network's device."""
-        ...
-
-
-class RunLike(Protocol):
-    """What the loop needs of a run folder (`common.engine.run.Run`)."""
-
-    checkpoints: Any
-
-    def log(self, text: str) -> None:
-        """A line for the user and for log.txt."""
-
-    def metrics(self, row: dict[str, Any], *, step: int) -> None:
-        """A row of metrics.csv."""
-
-    def history(self, row: dict[str, Any], *, epoch: int) -> None:
-        """A line of history.jsonl."""
-
-    def resume_state(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The newest checkpoint, None for a fresh run."""
 
 
 @dataclass(frozen=True)

@@ -300,19 +300,12 @@ class SupernetCell(nn.Module):
         return F.max_pool2d(rest, 2, 2) if self.reduction and state < 2 else rest
 
     def _join(self, mixed: list[Tensor], passed: list[Tensor]) -> Tensor:
-        total = _sum(mixed)
+        total = sum(mixed[1:], start=mixed[0])
         if not passed:
             return total
-        joined = torch.cat([total, _sum(passed)], 1)
+        joined = torch.cat([total, sum(passed[1:], start=passed[0])], 1)
         # channel shuffle: the next state's operations must see channels of every part
         return joined.unflatten(1, (self.partial, -1)).transpose(1, 2).flatten(1, 2)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _is_own(primitive: str) -> bool:

@@ -135,7 +135,7 @@ class _MixedHwgq(torch.autograd.Function):
             per_level = (gradient @ _spread(p, channels).t()).split(channels, 1)
             parts = [torch.where(hwgq_mask(x, b), g, 0.0) for b, g in zip(bits, per_level, strict=True)]
             outer = (torch.cat(values, 1).t() @ gradient).view(len(bits), channels, p.shape[0], channels)
-            return _sum(parts), outer.diagonal(dim1=1, dim2=3).sum(-1).t(), None, None
+            return sum(parts[1:], start=parts[0]), outer.diagonal(dim1=1, dim2=3).sum(-1).t(), None, None
         p_gradient = torch.stack([(gradient * value).sum(0).view(-1, channels).sum(1) for value in values], 1)
         factor: Tensor | float = 0.0
         passed = p.flip(1).cumsum(1).flip(1) if list(bits) == sorted(bits) else None
@@ -166,13 +166,6 @@ def _spread(p: Tensor, channels: int) -> Tensor:
     """[bits * c, groups * c]: level b of channel k goes to channel k of group g with weight p[g, b]."""
     eye = torch.eye(channels, dtype=p.dtype, device=p.device)
     return (p.t()[:, None, :, None] * eye[None, :, None, :]).reshape(p.shape[1] * channels, -1)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 class MixedActivation(nn.Module):

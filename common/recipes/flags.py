@@ -18,23 +18,21 @@ from common.recipes.presets import Preset, presets_for
 
 def training_parser(prog: str, description: str) -> Parser:
     """A parser with every flag of a training; a method adds its own, and its own defaults by `set_defaults`."""
-    parser = Parser(prog=prog, description=description)
-    for add in (cli.add_data_flags, cli.add_model_flags, cli.add_quantization_flags):
-        add(parser, "train")
-    cli.add_train_flags(parser)
-    cli.add_optimization_flags(parser, "train")
-    cli.add_run_flags(parser, "train")
-    return parser
+    return _parser(prog, description, "train", cli.add_train_flags)
 
 
 def search_parser(prog: str, description: str) -> Parser:
     """A parser with every flag of a search; a method adds its own, and its own defaults by `set_defaults`."""
+    return _parser(prog, description, "search", cli.add_search_flags)
+
+
+def _parser(prog: str, description: str, stage: str, add_own: Callable[[Parser], None]) -> Parser:
     parser = Parser(prog=prog, description=description)
     for add in (cli.add_data_flags, cli.add_model_flags, cli.add_quantization_flags):
-        add(parser, "search")
-    cli.add_search_flags(parser)
-    cli.add_optimization_flags(parser, "search")
-    cli.add_run_flags(parser, "search")
+        add(parser, stage)
+    add_own(parser)
+    cli.add_optimization_flags(parser, stage)
+    cli.add_run_flags(parser, stage)
     return parser
 
 

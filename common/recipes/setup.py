@@ -13,7 +13,7 @@ from torch import Tensor
 from common.data import ImageData, load
 from common.engine import Run
 from common.engine.cli import VOLATILE, Config
-from common.engine.train_loop import BatchStream
+from common.engine.protocols import BatchStream
 
 
 class FirstSteps:

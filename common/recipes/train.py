@@ -23,7 +23,8 @@ from common.data import DatasetInfo, ImageData, Stream, evaluation_batches, hold
 from common.engine import CheckpointStore, ClassificationMeter, load_state, read_json, seed_everything
 from common.engine.cli import Config
 from common.engine.progress import duration
-from common.engine.train_loop import BatchStream, TrainSettings, train
+from common.engine.protocols import BatchStream
+from common.engine.train_loop import TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
 from common.recipes.setup import load_data, open_run, prepare_torch, shorten, stem_of
 
