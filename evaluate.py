@@ -43,7 +43,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     from common.cost import network_cost
     from common.data import evaluation_batches, hold_out
     from common.recipes.setup import load_data, prepare_torch
-    from common.recipes.train import EVALUATION_BATCH, evaluate_network, load_trained
+    from common.recipes.trained import EVALUATION_BATCH, evaluate_network, load_trained
 
     if config.run is None:
         raise ValueError("RUN: is missing; give the folder of a training run")

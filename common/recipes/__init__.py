@@ -13,7 +13,8 @@ from typing import Any
 _NAMES: dict[str, tuple[str, ...]] = {
     "flags": ("resolve_search", "resolve_training", "run_program", "search_parser", "training_parser"),
     "presets": ("PRESETS", "Preset", "presets_for"),
-    "train": ("evaluate_network", "load_trained", "mean_bits", "run_training"),
+    "train": ("run_training",),
+    "trained": ("evaluate_network", "load_trained", "mean_bits"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)

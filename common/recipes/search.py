@@ -25,7 +25,7 @@ from common.nets import Architecture, Supernet, genotype_to_json
 from common.recipes.findings import epoch_row, epoch_text, evaluation_cost, train_command
 from common.recipes.search_setup import PreparedSearch, prepare_search
 from common.recipes.setup import open_run
-from common.recipes.train import EVALUATION_BATCH, cost_text, evaluate_network
+from common.recipes.trained import EVALUATION_BATCH, cost_text, evaluate_network
 
 
 def run_search(

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one training recipe: flags -> data, architecture, network -> loop -> test once -> cost -> result.json.
 
-Every method trains its networks here, so that a table compares methods and not conventions. `load_trained` gives a
-trained network back from its run folder; evaluation, quantisation and export build on it.
+Every method trains its networks here, so that a table compares methods and not conventions.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,15 +19,15 @@ from torch import Tensor, nn
 
 from common.cost import Cost, network_cost
 from common.data import DatasetInfo, ImageData, Stream, evaluation_batches, hold_out
-from common.engine import CheckpointStore, ClassificationMeter, load_state, read_json, seed_everything
+from common.engine import read_json, seed_everything
 from common.engine.cli import Config
 from common.engine.progress import duration
 from common.engine.protocols import BatchStream
 from common.engine.train_loop import TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
 from common.recipes.setup import load_data, open_run, prepare_torch, shorten, stem_of
+from common.recipes.trained import EVALUATION_BATCH, cost_text, evaluate_network, load_trained, mean_bits
 
-EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's output depend on its batch
 # What a network may have and the one whose weights it starts from may lack: learned steps and running ranges.
 _OPTIONAL = (".step", ".maximum", ".ready")
 
@@ -106,27 +105,6 @@ def _describe(config: Config, architecture: Architecture, data: ImageData, cost:
     )
 
 
-def cost_text(cost: Cost) -> str:
-    """One line: parameters, MACs, BitOps, weight memory."""
-    return (
-        f"{cost.parameters / 1e6:.3f} M parameters, {cost.macs / 1e6:.2f} M MACs, {cost.bitops / 1e9:.4g} G BitOps "
-        f"({cost.bitops_quantized / 1e9:.4g} G in quantised layers), {cost.weight_bytes / 1e6:.3f} MB of weights"
-    )
-
-
-def mean_bits(cost: Cost) -> tuple[float, float]:
-    """Mean bits of the layers that methods quantise: of their weights, and of their input activations."""
-    layers = [layer for layer in cost.layers if layer.quantizable]
-    weights = sum(layer.weight_bytes / layer.weight_bits for layer in layers)
-    activations = sum(layer.activation_bytes / layer.activation_bits for layer in layers)
-    if not weights or not activations:
-        return 32.0, 32.0
-    return (
-        sum(layer.weight_bytes for layer in layers) / weights,
-        sum(layer.activation_bytes for layer in layers) / activations,
-    )
-
-
 def _start_from(network: Network, run: Path) -> str:
     """Load a run's weights into the network; ValueError unless every convolution and the classifier fit."""
     source, _, info = load_trained(run, flag="--init-from")
@@ -150,64 +128,6 @@ def _start_from(network: Network, run: Path) -> str:
 
 def _optional(name: str) -> bool:
     return name.startswith("auxiliary_head.") or name.endswith(_OPTIONAL)
-
-
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
-@torch.inference_mode()
-def evaluate_network(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, precision: str = "fp32"
-) -> dict[str, Any]:
-    """loss (cross-entropy), top1, top5 (fractions), n, correct, per_class of a network on every image of `batches`."""
-    device = next(network.parameters()).device
-    meter = ClassificationMeter(num_classes, device)
-    network.eval()
-    for x, y in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = network(x)
-        logits = (output[0] if isinstance(output, tuple) else output).float()
-        meter.update(logits, y, nn.functional.cross_entropy(logits, y, reduction="sum"))
-    return meter.result()
-
-
-def load_trained(
-    run: Path, checkpoint: Path | None = None, *, flag: str = "RUN"
-) -> tuple[Network, dict[str, Any], dict[str, Any]]:
-    """The trained network of a run folder, on the CPU and in evaluation mode.
-
-    `checkpoint` names one of its checkpoints in place of the newest valid one. Returns (network, config, info): the
-    run's flags by name, and method, dataset, seed, digest, build (arguments of `build_network`), data (of the images),
-    epoch and checkpoint. Raises ValueError, naming `flag`, the folder and the cure.
-    """
-    run = Path(run)
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{flag} {run}: no run lies there (no config.json); give the folder of a training run")
-    record = read_json(run / "config.json")
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{flag} {run}: its config.json is not a run's")
-    if record.get("stage") != "train":
-        raise ValueError(f"{flag} {run}: a {record.get('stage')} run; give a training run (train.py --arch {run})")
-    if checkpoint is not None:
-        state, meta = load_state(Path(checkpoint))
-    else:
-        found = CheckpointStore(run / "checkpoints", config_digest=record["digest"]).latest()
-        if found is None:
-            raise ValueError(f"{flag} {run}: holds no valid checkpoint; train it first (--resume {run})")
-        state, meta = found
-    if not {"build", "architecture", "data", "model"} <= state.keys():
-        raise ValueError(f"{flag} {run}: its checkpoint is not one of a training")
-    architecture = Architecture.from_json(json.loads(state["architecture"]), f"{run} (checkpoint)")
-    network = build_network(architecture, **state["build"])
-    network.load_state_dict(state["model"])
-    info = {
-        **{key: record.get(key) for key in ("method", "dataset", "seed", "digest")},
-        "build": state["build"],
-        "data": state["data"],
-        "epoch": state["epoch"],
-        "checkpoint": meta.get("path", str(checkpoint)),
-    }
-    return network.eval(), record["config"], info
 
 
 # ------------------------------------------------------------------------------------------------------ the training

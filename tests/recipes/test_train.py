@@ -16,7 +16,8 @@ from common.cost import network_cost
 from common.data import evaluation_batches, load
 from common.engine import CheckpointStore, read_json
 from common.recipes.flags import resolve_training, training_parser
-from common.recipes.train import load_trained, run_training
+from common.recipes.train import run_training
+from common.recipes.trained import load_trained
 
 
 class Stop(Exception):

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained networks: loading one from its run folder, evaluating it, and its cost in one line.
+
+Training, post-training quantisation, evaluation and export build on this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.cost import Cost
+from common.engine import CheckpointStore, ClassificationMeter, load_state, read_json
+from common.nets import Architecture, Network, build_network
+
+EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's output depend on its batch
+
+
+@torch.inference_mode()
+def evaluate_network(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, precision: str = "fp32"
+) -> dict[str, Any]:
+    """loss (cross-entropy), top1, top5 (fractions), n, correct, per_class of a network on every image of `batches`."""
+    device = next(network.parameters()).device
+    meter = ClassificationMeter(num_classes, device)
+    network.eval()
+    for x, y in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = network(x)
+        logits = (output[0] if isinstance(output, tuple) else output).float()
+        meter.update(logits, y, nn.functional.cross_entropy(logits, y, reduction="sum"))
+    return meter.result()
+
+
+def load_trained(
+    run: Path, checkpoint: Path | None = None, *, flag: str = "RUN"
+) -> tuple[Network, dict[str, Any], dict[str, Any]]:
+    """The trained network of a run folder, on the CPU and in evaluation mode.
+
+    `checkpoint` names one of its checkpoints in place of the newest valid one. Returns (network, config, info): the
+    run's flags by name, and method, dataset, seed, digest, build (arguments of `build_network`), data (of the images),
+    epoch and checkpoint. Raises ValueError, naming `flag`, the folder and the cure.
+    """
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{flag} {run}: no run lies there (no config.json); give the folder of a training run")
+    record = read_json(run / "config.json")
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{flag} {run}: its config.json is not a run's")
+    if record.get("stage") != "train":
+        raise ValueError(f"{flag} {run}: a {record.get('stage')} run; give a training run (train.py --arch {run})")
+    if checkpoint is not None:
+        state, meta = load_state(Path(checkpoint))
+    else:
+        found = CheckpointStore(run / "checkpoints", config_digest=record["digest"]).latest()
+        if found is None:
+            raise ValueError(f"{flag} {run}: holds no valid checkpoint; train it first (--resume {run})")
+        state, meta = found
+    if not {"build", "architecture", "data", "model"} <= state.keys():
+        raise ValueError(f"{flag} {run}: its checkpoint is not one of a training")
+    architecture = Architecture.from_json(json.loads(state["architecture"]), f"{run} (checkpoint)")
+    network = build_network(architecture, **state["build"])
+    network.load_state_dict(state["model"])
+    info = {
+        **{key: record.get(key) for key in ("method", "dataset", "seed", "digest")},
+        "build": state["build"],
+        "data": state["data"],
+        "epoch": state["epoch"],
+        "checkpoint": meta.get("path", str(checkpoint)),
+    }
+    return network.eval(), record["config"], info
+
+
+def cost_text(cost: Cost) -> str:
+    """One line: parameters, MACs, BitOps, weight memory."""
+    return (
+        f"{cost.parameters / 1e6:.3f} M parameters, {cost.macs / 1e6:.2f} M MACs, {cost.bitops / 1e9:.4g} G BitOps "
+        f"({cost.bitops_quantized / 1e9:.4g} G in quantised layers), {cost.weight_bytes / 1e6:.3f} MB of weights"
+    )
+
+
+def mean_bits(cost: Cost) -> tuple[float, float]:
+    """Mean bits of the layers that methods quantise: of their weights, and of their input activations."""
+    layers = [layer for layer in cost.layers if layer.quantizable]
+    weights = sum(layer.weight_bytes / layer.weight_bits for layer in layers)
+    activations = sum(layer.activation_bytes / layer.activation_bits for layer in layers)
+    if not weights or not activations:
+        return 32.0, 32.0
+    return (
+        sum(layer.weight_bytes for layer in layers) / weights,
+        sum(layer.activation_bytes for layer in layers) / activations,
+    )
