@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from common.engine import cli
 from common.engine.cli import Config, Parser
 from common.recipes.presets import Preset, presets_for
+
+Derive = Callable[[Config], dict[str, Any]]
+"""A rule that gives values which follow from others (`Config.open_among` keeps it off what somebody set)."""
 
 
 def training_parser(prog: str, description: str) -> Parser:
@@ -36,24 +40,36 @@ def _parser(prog: str, description: str, stage: str, add_own: Callable[[Parser],
     return parser
 
 
-def resolve_training(parser: Parser, argv: Sequence[str], presets: Mapping[str, Preset] | None = None) -> Config:
-    """Flags of a training, checked; every error is reported at once (exit code 2)."""
+def resolve_training(
+    parser: Parser,
+    argv: Sequence[str],
+    presets: Mapping[str, Preset] | None = None,
+    *,
+    derive: Sequence[Callable[[Config], dict[str, Any]]] = (),
+    validate: Sequence[Callable[[Config], list[str]]] = (),
+) -> Config:
+    """Flags of a training, checked; every error is reported at once (exit code 2).
+
+    `derive` and `validate` are the method's own rules; see `cli.resolve`.
+    """
     return cli.resolve(
         parser,
         argv,
         presets=presets_for("train", presets),
-        derive=[cli.derive_train],
-        validate=[cli.check_train, check_data, check_architecture],
+        derive=[*derive, cli.derive_train],
+        validate=[*validate, cli.check_train, check_data, check_architecture],
     )
 
 
-def resolve_search(parser: Parser, argv: Sequence[str], presets: Mapping[str, Preset] | None = None) -> Config:
-    """Flags of a search, checked; every error is reported at once (exit code 2)."""
+def resolve_search(
+    parser: Parser, argv: Sequence[str], presets: Mapping[str, Preset] | None = None, derive: Sequence[Derive] = ()
+) -> Config:
+    """Flags of a search, checked; every error is reported at once (exit code 2). `derive`: a method's own rules."""
     return cli.resolve(
         parser,
         argv,
         presets=presets_for("search", presets),
-        derive=[cli.derive_search],
+        derive=[*derive, cli.derive_search],
         validate=[cli.check_search, check_data],
     )
 
