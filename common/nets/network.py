@@ -136,7 +136,7 @@ class Network(nn.Module):
             self.stem = cifar_stem(3 * init_channels, in_channels, image_conv)
         else:
             self.stem0, self.stem1 = imagenet_stems(init_channels, in_channels, image_conv, inner_conv)
-        bits = _cell_bits(architecture, plans)
+        bits = cell_bits(architecture, plans)
         self.cells = nn.ModuleList(Cell(architecture, plan, make_conv, b) for plan, b in zip(plans, bits, strict=True))
         self.auxiliary_index = 2 * layers // 3
         self.auxiliary_channels = plans[self.auxiliary_index].channels * multipliers[1]
@@ -192,7 +192,7 @@ class Network(nn.Module):
             )
 
 
-def _cell_bits(architecture: Architecture, plans: list[CellPlan]) -> list[CellBits]:
+def cell_bits(architecture: Architecture, plans: list[CellPlan]) -> list[CellBits]:
     """The bits of every cell of the network, in its order."""
     policy: BitPolicy | None = architecture.bits
     if policy is not None and policy.cells:
