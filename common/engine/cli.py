@@ -167,8 +167,8 @@ def _bits_or_none(text: str) -> int:
 _bits_or_none.kind = "int"  # type: ignore[attr-defined]
 
 
-def add_search_flags(parser: Parser) -> None:
-    """The bilevel search: architecture and bit logits, cost."""
+def add_search_flags(parser: Parser, *, bits: bool = True) -> None:
+    """The bilevel search: architecture logits, bit logits (`bits`; without them no cost presses either), cost."""
     add = _Group(parser, "search")
     add.value("--arch-learning-rate --arch-lr", number(0), 6e-4, "LR", "of alphas and betas (Adam)")
     add.value("--arch-weight-decay --arch-wd", number(0), 1e-3, "WD", "of alphas and betas")
@@ -176,12 +176,14 @@ def add_search_flags(parser: Parser) -> None:
     add.value("--warmup-epochs --epochs-no-archopt --begin", integer(0), 15, "N", warmup)
     add.switch("--unrolled", False, "second-order architecture gradients")
     add.choice("--second-order", "exact|finite-difference", "exact", "how --unrolled differentiates")
-    add.value("--gamma-learning-rate --q-lr", number(0), 0.01, "LR", "of the bit logits (SGD)")
-    add.value("--gamma-weight-decay --q-wd", number(0), 1e-3, "WD", "of the bit logits")
-    add.choice("--gamma-level", "lower|upper", "lower", "bit logits move with the weights, or with the alphas")
+    if bits:
+        add.value("--gamma-learning-rate --q-lr", number(0), 0.01, "LR", "of the bit logits (SGD)")
+        add.value("--gamma-weight-decay --q-wd", number(0), 1e-3, "WD", "of the bit logits")
+        add.choice("--gamma-level", "lower|upper", "lower", "bit logits move with the weights, or with the alphas")
     add.value("--init-from", Path, None, "RUN", "start from the weights of an earlier search (not its choices)")
     add = _Group(parser, "cost")
-    add.value("--complexity-decay --cd", number(0), 1e-4, "X", "weight of the cost in the weight step; steers the bits")
+    decay = "weight of the cost in the weight step; steers the bits" if bits else "weight of the cost"
+    add.value("--complexity-decay --cd", number(0), 1e-4 if bits else 0.0, "X", decay)
     arch = (
         "weight of the cost in the architecture step (default: a tenth of --complexity-decay; 0 with uniform weighting)"
     )
@@ -319,7 +321,7 @@ def check_run(config: Config) -> list[str]:
 def check_search(config: Config) -> list[str]:
     """Rules across the flags of a search."""
     errors = check_run(config)
-    if len(set(config.bits)) != len(config.bits):
+    if config.bits and len(set(config.bits)) != len(config.bits):
         errors.append(f"--bits: {' '.join(map(str, config.bits))} names one twice; give each once")
     for dest in ("weight_quantizer", "activation_quantizer"):
         if getattr(config, dest) == "lsq":

@@ -221,6 +221,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("usage", "%(prog)s [flags]")
         super().__init__(prog=prog, description=description, allow_abbrev=False, **kwargs)
         self.ignored: dict[str, str] = {}
+        self.fixed: dict[str, Any] = {}
 
     def find(self, name: str) -> argparse.Action | None:
         """The action of an option as typed: `--batch_size`, `--batch-size`, `-batch_size`, `-j`."""
@@ -242,6 +243,10 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(
                 name, action=Translation, to=lambda value: {}, nargs="?", const="", help=argparse.SUPPRESS
             )
+
+    def fix(self, **values: Any) -> None:
+        """Values that a program reads and for which this parser offers no flag; a preset cannot set them either."""
+        self.fixed |= values
 
     def dests(self) -> dict[str, argparse.Action]:
         """dest -> its first action, for every flag that has a value of its own."""
@@ -269,7 +274,8 @@ class Parser(argparse.ArgumentParser):
 class Config(argparse.Namespace):
     """Resolved values as attributes by dest.
 
-    `sources[dest]` is "default", "preset NAME", "config FILE", "flag" or "derived".
+    `sources[dest]` is "default", "preset NAME", "config FILE", "flag", "derived", or "fixed" (the program has no such
+    flag).
     """
 
     sources: dict[str, str]
@@ -282,6 +288,10 @@ class Config(argparse.Namespace):
         """Whether the user gave this value (by flag or config file), rather than a default or a preset."""
         source = self.sources.get(dest, "default")
         return source == "flag" or source.startswith("config")
+
+    def open_among(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `values` (dest -> value) that neither the user nor a preset has set: what a derivation may fill."""
+        return {dest: value for dest, value in values.items() if self.sources.get(dest, "default") == "default"}
 
 
 def _jsonable(value: Any) -> Any:
@@ -312,7 +322,8 @@ def resolve(
     given = _scan(parser, argv, errors)
     actions = parser.dests()
     values = {dest: parser.get_default(dest) for dest in actions}
-    sources = dict.fromkeys(values, "default")
+    sources = dict.fromkeys(values, "default") | dict.fromkeys(parser.fixed, "fixed")
+    values |= parser.fixed
     if given.pop("list_presets", False):
         _list_presets(presets)
         parser.exit(0)
@@ -325,7 +336,9 @@ def resolve(
             f"--preset: {name!r} is not one of {', '.join(presets) or '(none here)'}"
             + (f"; did you mean {near!r}?" if near else "")
         )
-    preset = {key: value for key, value in presets.get(name or "", {}).items() if key != "about"}
+    preset = {
+        key: value for key, value in presets.get(name or "", {}).items() if key != "about" and key not in parser.fixed
+    }
     assert set(preset) <= set(values), (
         f"preset {name} sets flags that do not exist: {sorted(set(preset) - set(values))}"
     )

@@ -11,7 +11,14 @@ from typing import Any
 
 # module -> the public names that it hands on
 _NAMES: dict[str, tuple[str, ...]] = {
-    "flags": ("resolve_search", "resolve_training", "run_program", "search_parser", "training_parser"),
+    "flags": (
+        "full_precision_search_parser",
+        "resolve_search",
+        "resolve_training",
+        "run_program",
+        "search_parser",
+        "training_parser",
+    ),
     "presets": ("PRESETS", "Preset", "presets_for"),
     "train": ("run_training",),
     "trained": ("evaluate_network", "load_trained", "mean_bits"),

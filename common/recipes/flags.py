@@ -18,6 +18,8 @@ from common.recipes.presets import Preset, presets_for
 
 Derive = Callable[[Config], dict[str, Any]]
 """A rule that gives values which follow from others (`Config.open_among` keeps it off what somebody set)."""
+Check = Callable[[Config], list[str]]
+"""A rule across flags; gives messages "--flag: reason; cure"."""
 
 
 def training_parser(prog: str, description: str) -> Parser:
@@ -30,10 +32,40 @@ def search_parser(prog: str, description: str) -> Parser:
     return _parser(prog, description, "search", cli.add_search_flags)
 
 
-def _parser(prog: str, description: str, stage: str, add_own: Callable[[Parser], None]) -> Parser:
+def full_precision_search_parser(prog: str, description: str) -> Parser:
+    """A search's parser without bit-widths and quantisers, and so without pressure of the cost unless asked for.
+
+    The defaults are those of PC-DARTS on CIFAR-10 (Xu et al., 2020).
+    """
+    parser = _parser(prog, description, "search", partial(cli.add_search_flags, bits=False), quantized=False)
+    parser.fix(**_FULL_PRECISION)
+    return parser
+
+
+# What a search reads of the flags that `full_precision_search_parser` leaves out.
+_FULL_PRECISION: dict[str, Any] = {
+    "bits": None,
+    "bit_mapping": "relative",
+    "scheme": "default",
+    "weight_quantizer": "gaussian",
+    "activation_quantizer": "hwgq",
+    "signed_activations": False,
+    "stem_bits": 32,
+    "classifier_bits": 32,
+    "gamma_learning_rate": 0.0,
+    "gamma_weight_decay": 0.0,
+    "gamma_level": "lower",
+}
+
+
+def _parser(
+    prog: str, description: str, stage: str, add_own: Callable[[Parser], None], *, quantized: bool = True
+) -> Parser:
     parser = Parser(prog=prog, description=description)
-    for add in (cli.add_data_flags, cli.add_model_flags, cli.add_quantization_flags):
-        add(parser, stage)
+    cli.add_data_flags(parser, stage)
+    cli.add_model_flags(parser, stage)
+    if quantized:
+        cli.add_quantization_flags(parser, stage)
     add_own(parser)
     cli.add_optimization_flags(parser, stage)
     cli.add_run_flags(parser, stage)
@@ -45,8 +77,8 @@ def resolve_training(
     argv: Sequence[str],
     presets: Mapping[str, Preset] | None = None,
     *,
-    derive: Sequence[Callable[[Config], dict[str, Any]]] = (),
-    validate: Sequence[Callable[[Config], list[str]]] = (),
+    derive: Sequence[Derive] = (),
+    validate: Sequence[Check] = (),
 ) -> Config:
     """Flags of a training, checked; every error is reported at once (exit code 2).
 
@@ -62,15 +94,20 @@ def resolve_training(
 
 
 def resolve_search(
-    parser: Parser, argv: Sequence[str], presets: Mapping[str, Preset] | None = None, derive: Sequence[Derive] = ()
+    parser: Parser,
+    argv: Sequence[str],
+    presets: Mapping[str, Preset] | None = None,
+    *,
+    derive: Sequence[Derive] = (),
+    validate: Sequence[Check] = (),
 ) -> Config:
-    """Flags of a search, checked; every error is reported at once (exit code 2). `derive`: a method's own rules."""
+    """Flags of a search, checked; every error is reported at once (exit code 2). More as in `resolve_training`."""
     return cli.resolve(
         parser,
         argv,
         presets=presets_for("search", presets),
         derive=[*derive, cli.derive_search],
-        validate=[cli.check_search, check_data],
+        validate=[*validate, cli.check_search, check_data],
     )
 
 

@@ -21,8 +21,10 @@ class Preset:
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Common to both stages of the two small presets: real images that need no download.
+# Common to both stages of the small presets: real images that need no download.
 _SMALL = {"dataset": "digits", "log_every": 10}
+# Their trainings: images too small to cut 16 pixels out of, and for an auxiliary head.
+_SMALL_TRAIN = {**_SMALL, "auxiliary": False, "cutout": False}
 
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
@@ -53,7 +55,7 @@ PRESETS: dict[str, Preset] = {
             "gamma_learning_rate": 0.1,
         },
         train={
-            **_SMALL,
+            **_SMALL_TRAIN,
             "init_channels": 8,
             "layers": 5,
             "epochs": 16,
@@ -81,7 +83,7 @@ PRESETS: dict[str, Preset] = {
             "gamma_learning_rate": 0.1,
         },
         train={
-            **_SMALL,
+            **_SMALL_TRAIN,
             "dataset": "cifar10",
             "image_size": 16,
             "init_channels": 8,
@@ -108,7 +110,7 @@ PRESETS: dict[str, Preset] = {
             "log_every": 1,
         },
         train={
-            **_SMALL,
+            **_SMALL_TRAIN,
             "init_channels": 4,
             "layers": 3,
             "epochs": 2,

@@ -98,6 +98,7 @@ def _conclude(
     config, data, model = prepared.config, prepared.data, prepared.supernet
     provenance = {
         "method": method,
+        "supernet": config.method,
         "dataset": data.info.name,
         "seed": config.seed,
         "epochs": epochs,

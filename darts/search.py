@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Search cells in full precision: DARTS (ICLR 2019), first or second order, or PC-DARTS (ICLR 2020)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.engine.cli import Config, Parser
+from common.recipes.flags import full_precision_search_parser, resolve_search, run_program
+
+PROG = "darts/search.py"
+
+# The authors' own recipes on CIFAR-10; PC-DARTS's are the parser's defaults but for what DARTS sets here.
+DARTS = {
+    "batch_size": 64,
+    "learning_rate": 0.025,
+    "learning_rate_min": 0.001,
+    "arch_learning_rate": 3e-4,
+    "warmup_epochs": 0,
+}
+PC_DARTS = {
+    "batch_size": 256,
+    "learning_rate": 0.1,
+    "learning_rate_min": 0.0,
+    "arch_learning_rate": 6e-4,
+    "warmup_epochs": 15,
+}
+
+
+def make_parser() -> Parser:
+    """The flags, with the defaults of DARTS."""
+    parser = full_precision_search_parser(PROG, __doc__)
+    parser.set_defaults(method="darts", second_order="finite-difference", **DARTS)
+    return parser
+
+
+def recipe_of_method(config: Config) -> dict[str, Any]:
+    """What --method PC-DARTS trains with, where nobody said otherwise."""
+    return config.open_among(PC_DARTS) if config.method == "pc-darts" else {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search as the flags say; the exit code."""
+    config = resolve_search(make_parser(), sys.argv[1:] if argv is None else argv, derive=[recipe_of_method])
+
+    def work() -> None:
+        from common.recipes.search import run_search
+
+        run_search(config, method="darts")
+
+    return run_program(work, PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
