@@ -38,7 +38,7 @@ Term = Callable[[nn.Module], Tensor]
 class SearchSettings:
     """Numbers of one search. The defaults are those of PC-DARTS and of NablaQDARTS on CIFAR-10.
 
-    ``learning_rate`` anneals by a cosine per epoch towards ``learning_rate_min``, which no epoch reaches, after
+    ``learning_rate`` anneals by ``schedule`` per epoch towards ``learning_rate_min``, which no epoch reaches, after
     ``warmup_epochs`` epochs that rise linearly (``schedules.rate_at``). ``arch_begin_epoch`` epochs leave alphas and
     betas alone. Gammas move with the weights (``gamma_level="lower"``, SGD of their own) or with the alphas
     (``"upper"``: Adam at the architecture's learning rate). ``gamma_annealed=False`` keeps their rate constant: a
@@ -53,6 +53,9 @@ class SearchSettings:
     weight_decay: float = 3e-4
     grad_clip: float = 5.0
     warmup_epochs: int = 0
+    schedule: str = "cosine"
+    step_epochs: int = 30
+    step_factor: float = 0.1
     arch_learning_rate: float = 6e-4
     arch_weight_decay: float = 1e-3
     arch_betas: tuple[float, float] = (0.5, 0.999)
@@ -133,7 +136,7 @@ class SearchLoop:
         model: nn.Module,
         *,
         train_stream: BatchStream,
-        valid_stream: BatchStream,
+        valid_stream: BatchStream | None,
         settings: SearchSettings,
         criterion: Callable[[Tensor, Tensor], Tensor],
         weight_term: Term | None = None,
@@ -143,7 +146,7 @@ class SearchLoop:
         self.model, self.settings, self.controller = model, settings, controller
         self.train_stream, self.valid_stream = train_stream, valid_stream
         self.steps = min(train_stream.steps_per_epoch, settings.steps_per_epoch or train_stream.steps_per_epoch)
-        if self.steps < 1 or valid_stream.steps_per_epoch < 1:
+        if self.steps < 1 or (valid_stream is not None and valid_stream.steps_per_epoch < 1):
             raise ValueError(
                 "--batch-size: one part of the training set has fewer images than one batch; give a smaller batch"
             )
@@ -191,18 +194,19 @@ class SearchLoop:
         return self.epoch * self.steps + self.step
 
     def architecture_moves(self) -> bool:
-        """Whether this epoch takes architecture steps."""
-        return self.epoch >= self.settings.arch_begin_epoch
+        """Whether this epoch takes architecture steps (a model without architecture parameters never does)."""
+        return bool(self.arch) and self.epoch >= self.settings.arch_begin_epoch
 
     def start_epoch(self) -> None:
         """Set the learning rates that this epoch really uses."""
         s = self.settings
+        fall = {"schedule": s.schedule, "step_epochs": s.step_epochs, "step_factor": s.step_factor, "epochs": s.epochs}
         self.optimizers["weights"].param_groups[0]["lr"] = rate_at(
-            self.epoch, epochs=s.epochs, rate=s.learning_rate, least=s.learning_rate_min, warmup=s.warmup_epochs
+            self.epoch, rate=s.learning_rate, least=s.learning_rate_min, warmup=s.warmup_epochs, **fall
         )
         if "gammas" in self.optimizers:
             rate = s.gamma_learning_rate
-            falling = rate_at(self.epoch, epochs=s.epochs, rate=rate) if s.gamma_annealed else rate
+            falling = rate_at(self.epoch, rate=rate, **fall) if s.gamma_annealed else rate
             self.optimizers["gammas"].param_groups[0]["lr"] = falling
 
     def one_step(self) -> None:
@@ -220,6 +224,7 @@ class SearchLoop:
         """One Adam step of alphas and betas on a fresh validation batch (Liu et al. 2019, equations 5-8)."""
         s = self.settings
         # The validation half is walked on its own: it may be longer or shorter than the training half.
+        assert self.valid_stream is not None, "architecture parameters learn on a second stream"
         valid_batch = self.valid_stream.batch(*divmod(self.global_step, self.valid_stream.steps_per_epoch))
         inner = None
         if s.order != "first":
@@ -415,7 +420,7 @@ def search(
     model: nn.Module,
     *,
     train_stream: BatchStream,
-    valid_stream: BatchStream,
+    valid_stream: BatchStream | None,
     settings: SearchSettings,
     criterion: Callable[[Tensor, Tensor], Tensor],
     weight_term: Term | None = None,
@@ -430,7 +435,8 @@ def search(
 
     Args:
         model: anything with ``weight_parameters()``, ``arch_parameters()`` and ``genotype()``.
-        train_stream, valid_stream: the two halves of the training set.
+        train_stream, valid_stream: the two halves of the training set; a model without architecture parameters needs
+            no second one.
         criterion: ``(logits, labels) -> scalar``.
         weight_term, arch_term: added to the loss of the weight step and of the architecture step.
         run: where checkpoints and log lines go; None keeps nothing.
