@@ -78,28 +78,10 @@ def choose(supernet: Supernet, architecture: Architecture) -> None:
     Raises ValueError, naming what does not fit, for an architecture that lies outside the supernet's space.
     """
     _choose_operations(supernet, architecture.genotype)
-    if supernet.bits is None:
-        if architecture.bits is not None:
-            raise ValueError("bits: the supernet is one in full precision and knows none; give an architecture without")
-        return
-    for gamma in supernet.gammas.values():
-        gamma.fill_(_NEVER)
-    for plan, cell in zip(supernet.plans, cell_bits(architecture, supernet.plans), strict=True):
-        kind = "reduce" if plan.reduction else "normal"
-        position, rows = supernet.cells_of[kind].index(plan.index), supernet.rows[kind]
-        places: list[tuple[str, tuple[int, ...], Bits]] = [
-            ("_preprocess0", (position,), cell.preprocess0),
-            ("_preprocess1", (position,), cell.preprocess1),
-        ]
-        pairs = getattr(architecture.genotype, kind)
-        for k, ((primitive, state), pair) in enumerate(zip(pairs, cell.operations, strict=True)):
-            if primitive in rows and pair is not None:
-                places.append(("", (position, edge_index(k // 2, state), rows.index(primitive)), pair))
-        for part, place, pair in places:
-            for operand, width in zip(("weight", "activation"), pair, strict=True):
-                if width not in supernet.bits:
-                    raise ValueError(f"bits: {width} is not among the supernet's {', '.join(map(str, supernet.bits))}")
-                supernet.gammas[f"{kind}_{operand}{part}"][(*place, supernet.bits.index(width))] = 0.0
+    if supernet.bits is not None:
+        _choose_bits(supernet, architecture, supernet.bits)
+    elif architecture.bits is not None:
+        raise ValueError("bits: the supernet is one in full precision and knows none; give an architecture without")
 
 
 def _choose_operations(supernet: Supernet, genotype: Genotype) -> None:
@@ -110,7 +92,9 @@ def _choose_operations(supernet: Supernet, genotype: Genotype) -> None:
     for kind in ("normal", "reduce"):
         pairs, where = getattr(genotype, kind), f"genotype.{kind}"
         if len(pairs) != 2 * nodes or tuple(getattr(genotype, f"{kind}_concat")) != concat:
-            raise ValueError(f"{where}: the supernet has {nodes} nodes and hands on states {list(concat)}; this differs")
+            raise ValueError(
+                f"{where}: the supernet has {nodes} nodes and hands on states {list(concat)}; this differs"
+            )
         alphas, betas = getattr(supernet, f"alphas_{kind}"), getattr(supernet, f"betas_{kind}")
         alphas.fill_(_NEVER)
         alphas[:, primitives.index("none")] = 0.0
@@ -127,3 +111,26 @@ def _choose_operations(supernet: Supernet, genotype: Genotype) -> None:
                 alphas[edge, primitives.index(primitive)] = 0.0
                 if betas is not None:
                     betas[edge] = 0.0
+
+
+def _choose_bits(supernet: Supernet, architecture: Architecture, bits: tuple[int, ...]) -> None:
+    if architecture.bits is not None and architecture.bits.layers:
+        raise ValueError("bits: given by convolution, where the supernet has one choice per operation")
+    for gamma in supernet.gammas.values():
+        gamma.fill_(_NEVER)
+
+    def set_row(name: str, place: tuple[int, ...], pair: Bits) -> None:
+        for operand, width in zip(("weight", "activation"), pair, strict=True):
+            if width not in bits:
+                raise ValueError(f"bits: {width} is not among the supernet's {', '.join(map(str, bits))}")
+            supernet.gammas[name.format(operand)][(*place, bits.index(width))] = 0.0
+
+    for plan, cell in zip(supernet.plans, cell_bits(architecture, supernet.plans), strict=True):
+        kind = "reduce" if plan.reduction else "normal"
+        position, rows = supernet.cells_of[kind].index(plan.index), supernet.rows[kind]
+        set_row(kind + "_{}_preprocess0", (position,), cell.preprocess0)
+        set_row(kind + "_{}_preprocess1", (position,), cell.preprocess1)
+        for k, (primitive, state) in enumerate(getattr(architecture.genotype, kind)):
+            pair = cell.operations[k]
+            if pair is not None and needs_bits(primitive, 2 if plan.reduction and state < 2 else 1):
+                set_row(kind + "_{}", (position, edge_index(k // 2, state), rows.index(primitive)), pair)
