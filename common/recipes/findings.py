@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.cost import Cost, network_cost
 from common.data import ImageData
@@ -60,11 +61,7 @@ def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, 
     architecture = model.architecture()
     found = evaluation_cost(prepared.config, prepared.data, architecture)
     data = architecture.to_json()
-    betas = None
-    if model.betas_normal is not None and model.betas_reduce is not None:
-        pairs = {"normal": model.betas_normal, "reduce": model.betas_reduce}
-        betas = {kind: _rounded(edge_softmax(logits, model.nodes)) for kind, logits in pairs.items()}
-    gammas = list(model.gamma_parameters())
+    alphas, betas = _logits(model, "alphas"), _logits(model, "betas")
     row = {
         "genotype": data["genotype"],
         "bits": data["bits"],
@@ -73,11 +70,11 @@ def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, 
         "exact_bitops": float(found.bitops),
         "exact_bitops_quantized": float(found.bitops_quantized),
         "exact_bitops_paper": float(found.bitops_paper),
-        "alpha_entropy": float(entropy(torch.cat([model.alphas_normal, model.alphas_reduce]))),
-        "gamma_entropy": float(entropy(torch.cat([g.flatten(0, -2) for g in gammas]))) if gammas else None,
+        "alpha_entropy": _entropy(alphas),
+        "gamma_entropy": _entropy(model.gammas),
         "parameter_free_share": parameter_free_share(architecture),
-        "alphas": {kind: _rounded(getattr(model, f"alphas_{kind}").softmax(-1)) for kind in ("normal", "reduce")},
-        "betas": betas,
+        "alphas": {kind: _rounded(logits.softmax(-1)) for kind, logits in alphas.items()} or None,
+        "betas": {kind: _rounded(edge_softmax(logits, model.nodes)) for kind, logits in betas.items()} or None,
         # The mean probability of each bit-width, by kind of cell and operand.
         "gammas": {name: _rounded(g.softmax(-1).flatten(0, -2).mean(0)) for name, g in model.gammas.items()},
     }
@@ -87,6 +84,17 @@ def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, 
     return row
 
 
+def _logits(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Alphas or betas by kind of cell; empty where the search has none."""
+    found = {kind: getattr(model, f"{name}_{kind}", None) for kind in ("normal", "reduce")}
+    return {kind: logits for kind, logits in found.items() if logits is not None}
+
+
+def _entropy(logits: Mapping[str, Tensor]) -> float | None:
+    """Mean entropy over all rows of all tables; None without any."""
+    return float(entropy(torch.cat([table.flatten(0, -2) for table in logits.values()]))) if len(logits) else None
+
+
 def _rounded(values: Tensor) -> list[Any]:
     return torch.round(values.double(), decimals=6).tolist()
 
@@ -94,22 +102,28 @@ def _rounded(values: Tensor) -> list[Any]:
 def epoch_text(row: dict[str, Any]) -> str:
     """What is printed of an epoch."""
     genotype = row["genotype"]
+    valid = "" if row["valid_loss"] is None else f"; valid loss {row['valid_loss']:.4f}, top-1 {_percent(row, 'valid')}"
+    entropies = [
+        f"of {name}s {row[f'{name}_entropy']:.4f}" for name in ("alpha", "gamma") if row[f"{name}_entropy"] is not None
+    ]
     text = "\n".join(
         [
             f"  genotype: normal {_pairs(genotype['normal'])}",
             f"            reduce {_pairs(genotype['reduce'])}",
-            f"  train loss {row['train_loss']:.4f}, top-1 {100 * row['train_top1']:.2f}%; "
-            f"valid loss {row['valid_loss']:.4f}, top-1 {100 * row['valid_top1']:.2f}%",
+            f"  train loss {row['train_loss']:.4f}, top-1 {_percent(row, 'train')}{valid}",
             f"  BitOps expected {row['expected_bitops'] / 1e9:.4g} G, exact {row['exact_bitops'] / 1e9:.4g} G "
             f"({row['exact_bitops_quantized'] / 1e9:.4g} G in quantised layers); "
             f"{row['parameter_free_share']:.0%} of the operations without parameters",
-            f"  entropy of alphas {row['alpha_entropy']:.4f}"
-            + (f", of gammas {row['gamma_entropy']:.4f}" if row["gamma_entropy"] is not None else ""),
+            f"  entropy {', '.join(entropies)}",
         ]
     )
     if "cost_multiplier" in row:
         text += f"; cost multiplier {row['cost_multiplier']:+.3f}, steered cost {row['steered_bitops'] / 1e9:.4g} G"
     return text
+
+
+def _percent(row: dict[str, Any], part: str) -> str:
+    return f"{100 * row[f'{part}_top1']:.2f}%"
 
 
 def _pairs(pairs: list[list[Any]]) -> str:

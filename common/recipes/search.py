@@ -33,6 +33,7 @@ def run_search(
     *,
     method: str,
     supernet: Callable[..., Supernet] | None = None,
+    prepare: Callable[[Config], PreparedSearch] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Search what the flags say and return what result.json holds (for --dry-run: what it found).
@@ -41,13 +42,14 @@ def run_search(
         config: resolved flags of a search.
         method: whose search it is: the run folder's name, and whose train.py goes on.
         supernet: builds the network in place of `build_supernet`, with the same keywords.
+        prepare: builds all in place of `prepare_search`: a search of another network, on the same loop.
         on_step: called with the number of steps done (tests stop a run by it).
 
     Raises:
         ValueError: what does not fit together, with flag, reason and cure.
         NonFiniteError: the search left the finite numbers; the last good state is saved.
     """
-    prepared = prepare_search(config, supernet)
+    prepared = prepare(config) if prepare is not None else prepare_search(config, supernet)
     if config.dry_run:
         return _dry_run(prepared)
     run = open_run(config, method=method, stage="search", dataset=prepared.data.info.name)
@@ -61,7 +63,7 @@ def run_search(
             run=run,
             on_epoch=lambda epoch, figures: _record(run, prepared, epoch, figures),
             on_step=on_step,
-            evaluate=lambda model: _evaluate(prepared, model),
+            evaluate=None if prepared.evaluation_indices is None else lambda model: _evaluate(prepared, model),
             **prepared.loop,
         )
         result = _conclude(run, prepared, method, outcome.epochs, outcome.steps, outcome.summary)
@@ -155,8 +157,11 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
     loop.start_epoch()
     batch = prepared.loop["train_stream"].batch(0, 0)
     seconds = {"architecture": 0.0, "weight": 0.0}
+    steps = {"architecture": loop.architecture_step, "weight": loop.weight_step}
+    if not loop.arch:
+        del steps["architecture"]
     for _ in range(2):
-        for name, step in (("architecture", loop.architecture_step), ("weight", loop.weight_step)):
+        for name, step in steps.items():
             started = time.monotonic()
             step(batch)
             if prepared.device.type == "cuda":

@@ -32,7 +32,8 @@ class PreparedSearch:
     cost: ExpectedCost
     loop: dict[str, Any]
     """Arguments of `search` and `SearchLoop`: streams, settings, criterion, terms, controller."""
-    evaluation_indices: Tensor
+    evaluation_indices: Tensor | None
+    """Training images that measure the accuracy; None: all of them train."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -111,14 +112,14 @@ def _loop_arguments(
     train_stream = shorten(streams[0], config.steps_per_epoch)
     controller = None
     if config.target_bitops is not None:
-        controller = _controller(config, model, cost, config.epochs * train_stream.steps_per_epoch).to(device)
+        controller = target_controller(config, model, cost, config.epochs * train_stream.steps_per_epoch).to(device)
     arguments = {
         "train_stream": train_stream,
         "valid_stream": streams[1],
         "settings": search_settings(config),
         "criterion": nn.CrossEntropyLoss(),
         # Weights do not change the cost, so in full precision the weight step has no cost term.
-        "weight_term": _term(cost, config.complexity_decay if model.bits is not None else 0.0, controller),
+        "weight_term": cost_term(cost, config.complexity_decay if model.bits is not None else 0.0, controller),
         "arch_term": _arch_term(config, cost, controller),
         "controller": controller,
     }
@@ -129,7 +130,7 @@ def _loop_arguments(
     return arguments, indices
 
 
-def _controller(config: Config, model: Supernet, cost: ExpectedCost, steps: int) -> TargetController:
+def target_controller(config: Config, model: nn.Module, cost: ExpectedCost, steps: int) -> TargetController:
     """The multiplier of --target-bitops, its push scaled to the rates and the length of this search."""
     scale, gammas = 1.0, model.gamma_parameters()
     if gammas and config.complexity_decay and config.gamma_learning_rate and config.gamma_level == "lower":
@@ -153,7 +154,7 @@ def search_settings(config: Config) -> SearchSettings:
     )
 
 
-def _term(
+def cost_term(
     cost: ExpectedCost, weight: float, controller: TargetController | None, share: float = 1.0
 ) -> Callable[[nn.Module], Tensor] | None:
     """What a loss adds: weight x multiplier x the cost term, of which alphas and betas feel `share`."""
@@ -161,7 +162,12 @@ def _term(
         return None
     if controller is None:
         return lambda model: weight * cost.term(model, share)
-    return lambda model: (weight * controller.multiplier).to(model.alphas_normal.dtype) * cost.term(model, share)
+
+    def steered(model: nn.Module) -> Tensor:
+        term = cost.term(model, share)
+        return (weight * controller.multiplier).to(term.dtype) * term
+
+    return steered
 
 
 def _arch_term(
@@ -169,8 +175,8 @@ def _arch_term(
 ) -> Callable[[nn.Module], Tensor] | None:
     """The cost term of the architecture step; gammas that move there keep the full weight, alphas and betas theirs."""
     if config.gamma_level == "lower" or not config.complexity_decay:
-        return _term(cost, config.arch_complexity_decay, controller)
-    return _term(cost, config.complexity_decay, controller, config.arch_complexity_decay / config.complexity_decay)
+        return cost_term(cost, config.arch_complexity_decay, controller)
+    return cost_term(cost, config.complexity_decay, controller, config.arch_complexity_decay / config.complexity_decay)
 
 
 def _compile(model: Supernet, settings: SearchSettings) -> None:
