@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.quant.folding import Fold
+
 
 class ConvFactory(Protocol):
     """Makes the convolutions of an operation (no bias); what they are quantised to is the factory's affair."""
@@ -62,6 +64,10 @@ class ReLUConvBN(nn.Module):
         """Its convolutions, in order."""
         return [self.conv]
 
+    def folds(self) -> list[Fold]:
+        """Which convolutions each normalisation follows."""
+        return [([self.conv], self.bn)]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in, H, W] -> [B, c_out, H, W]."""
         return self.bn(self.conv(F.relu(x)))
@@ -81,6 +87,10 @@ class SepConv(nn.Module):
     def convolutions(self) -> list[nn.Conv2d]:
         """Its convolutions, in order."""
         return [self.depthwise1, self.pointwise1, self.depthwise2, self.pointwise2]
+
+    def folds(self) -> list[Fold]:
+        """Which convolutions each normalisation follows."""
+        return [([self.pointwise1], self.bn1), ([self.pointwise2], self.bn2)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
@@ -102,6 +112,10 @@ class DilConv(nn.Module):
         """Its convolutions, in order."""
         return [self.depthwise, self.pointwise]
 
+    def folds(self) -> list[Fold]:
+        """Which convolutions each normalisation follows."""
+        return [([self.pointwise], self.bn)]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
         return self.bn(self.pointwise(self.depthwise(F.relu(x))))
@@ -119,6 +133,10 @@ class FactorizedReduce(nn.Module):
     def convolutions(self) -> list[nn.Conv2d]:
         """Its convolutions, in order."""
         return [self.conv1, self.conv2]
+
+    def folds(self) -> list[Fold]:
+        """Which convolutions each normalisation follows."""
+        return [([self.conv1, self.conv2], self.bn)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in, H, W] -> [B, c_out, H / 2, W / 2], H and W even."""
@@ -138,6 +156,10 @@ class FactorizedConv7(nn.Module):
     def convolutions(self) -> list[nn.Conv2d]:
         """Its convolutions, in order."""
         return [self.conv1, self.conv2]
+
+    def folds(self) -> list[Fold]:
+        """Which convolutions each normalisation follows."""
+        return [([self.conv2], self.bn)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""

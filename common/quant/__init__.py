@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fake quantisation: quantisers with their straight-through gradients, and the layers that use them."""
 
+from common.quant.calibrated import CALIBRATED_METHODS, CalibratedQuantizer
+from common.quant.folding import fold_normalization
 from common.quant.layers import (
     MixedActivation,
     MixedQuantConv2d,

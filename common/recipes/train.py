@@ -6,7 +6,6 @@ Every method trains its networks here, so that a table compares methods and not 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,8 +24,16 @@ from common.engine.progress import duration
 from common.engine.protocols import BatchStream
 from common.engine.train_loop import TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
-from common.recipes.setup import load_data, open_run, prepare_torch, shorten, stem_of
-from common.recipes.trained import EVALUATION_BATCH, cost_text, evaluate_network, load_trained, mean_bits
+from common.recipes.setup import load_data, open_run, prepare_torch, share, shorten, stem_of
+from common.recipes.trained import (
+    EVALUATION_BATCH,
+    cost_text,
+    evaluate_network,
+    final_figures,
+    load_trained,
+    mean_bits,
+    network_state,
+)
 
 # What a network may have and the one whose weights it starts from may lack: learned steps and running ranges.
 _OPTIONAL = (".step", ".maximum", ".ready")
@@ -165,7 +172,7 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
             settings=settings,
             evaluate=held_out,
             run=run,
-            extra_state=_identity(prepared),
+            extra_state=network_state(prepared.architecture, prepared.build, prepared.data.info),
             on_step=on_step,
             **arguments,
         )
@@ -205,6 +212,7 @@ def _streams(prepared: Prepared) -> tuple[BatchStream, Callable[[nn.Module], dic
         augment=True,
         cutout=config.cutout_length if config.cutout else None,
         device=device,
+        **share(),
     )
     if held is None:
         return shorten(stream, config.steps_per_epoch), None
@@ -236,21 +244,6 @@ def _compiled(network: nn.Module) -> Callable[[Tensor], Any]:
 
     torch._dynamo.config.suppress_errors = True
     return torch.compile(network)
-
-
-def _identity(prepared: Prepared) -> dict[str, Any]:
-    """What a checkpoint holds to build its network again."""
-    info = prepared.data.info
-    return {
-        "build": prepared.build,
-        "architecture": json.dumps(prepared.architecture.to_json()),
-        "data": {
-            "name": info.name,
-            "num_classes": info.num_classes,
-            "channels": info.channels,
-            "image_size": info.image_size,
-        },
-    }
 
 
 def _dry_run(
@@ -302,30 +295,17 @@ class _Repeated:
 
 def _result(prepared: Prepared, epochs: int, steps: int, selected: int, row: dict[str, Any]) -> dict[str, Any]:
     """The test, once, and everything that a table needs to know."""
-    config, data, info = prepared.config, prepared.data, prepared.data.info
-    batches = evaluation_batches(data.test, info, EVALUATION_BATCH, prepared.device)
-    test = evaluate_network(prepared.network, batches, info.num_classes, config.precision)
-    metrics = {
-        "test_loss": test["loss"],
-        "test_top1": test["top1"],
-        "test_top5": test["top5"],
-        "test_correct": test["correct"],
-        "train_loss": row.get("train_loss"),
-        "train_top1": row.get("train_top1"),
-    }
+    config, data = prepared.config, prepared.data
+    final = final_figures(prepared.network, data, prepared.device, prepared.build, prepared.cost, config.precision)
+    final["metrics"] |= {"train_loss": row.get("train_loss"), "train_top1": row.get("train_top1")}
     if "valid_top1" in row:
-        metrics |= {"val_top1": row["valid_top1"], "val_loss": row["valid_loss"]}
-    weight, activation = mean_bits(prepared.cost)
+        final["metrics"] |= {"val_top1": row["valid_top1"], "val_loss": row["valid_loss"]}
     return {
         "epochs": epochs,
         "steps": steps,
         "selected_epoch": selected,
         "n_train": len(data.train) - round(config.val_fraction * len(data.train)),
-        "n_test": len(data.test),
-        "metrics": metrics,
-        "cost": prepared.cost.to_json(),
-        "bits_mean": {"weight": weight, "activation": activation},
-        "network": {**prepared.build, "image_size": info.image_size},
+        **final,
         "architecture": prepared.architecture.name or config.arch,
         "search_seconds": _search_seconds(config.arch),
     }

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import Cost
+from common.data import DatasetInfo, ImageData, evaluation_batches
 from common.engine import CheckpointStore, ClassificationMeter, load_state, read_json
 from common.nets import Architecture, Network, build_network
+from common.quant import fold_normalization
 
 EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's output depend on its batch
+TRAINED_STAGES = ("train", "quantize")  # the stages whose runs end with a network to use
 
 
 @torch.inference_mode()
@@ -37,14 +40,40 @@ def evaluate_network(
     return meter.result()
 
 
+def network_state(architecture: Architecture, build: dict[str, Any], info: DatasetInfo) -> dict[str, Any]:
+    """What a checkpoint holds, beside the tensors, to build its network again."""
+    data = {"name": info.name, "num_classes": info.num_classes, "channels": info.channels}
+    return {
+        "build": build,
+        "architecture": json.dumps(architecture.to_json()),
+        "data": {**data, "image_size": info.image_size},
+    }
+
+
+def final_figures(
+    network: nn.Module, data: ImageData, device: torch.device, build: dict[str, Any], cost: Cost, precision: str
+) -> dict[str, Any]:
+    """The fields of result.json that come from a finished network alone; it is tested here, on every test image."""
+    batches = evaluation_batches(data.test, data.info, EVALUATION_BATCH, device)
+    test = evaluate_network(network, batches, data.info.num_classes, precision)
+    weight, activation = mean_bits(cost)
+    return {
+        "n_test": len(data.test),
+        "metrics": {f"test_{name}": test[name] for name in ("loss", "top1", "top5", "correct")},
+        "cost": cost.to_json(),
+        "bits_mean": {"weight": weight, "activation": activation},
+        "network": {**build, "image_size": data.info.image_size},
+    }
+
+
 def load_trained(
     run: Path, checkpoint: Path | None = None, *, flag: str = "RUN"
 ) -> tuple[Network, dict[str, Any], dict[str, Any]]:
-    """The trained network of a run folder, on the CPU and in evaluation mode.
+    """The trained network of a run folder, as trained or as quantised afterwards, on the CPU and in evaluation mode.
 
     `checkpoint` names one of its checkpoints in place of the newest valid one. Returns (network, config, info): the
-    run's flags by name, and method, dataset, seed, digest, build (arguments of `build_network`), data (of the images),
-    epoch and checkpoint. Raises ValueError, naming `flag`, the folder and the cure.
+    training's flags by name, and method, dataset, seed, digest, stage, build (arguments of `build_network`), data (of
+    the images), epoch and checkpoint. Raises ValueError, naming `flag`, the folder and the cure.
     """
     run = Path(run)
     if not (run / "config.json").is_file():
@@ -52,7 +81,7 @@ def load_trained(
     record = read_json(run / "config.json")
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{flag} {run}: its config.json is not a run's")
-    if record.get("stage") != "train":
+    if record.get("stage") not in TRAINED_STAGES:
         raise ValueError(f"{flag} {run}: a {record.get('stage')} run; give a training run (train.py --arch {run})")
     if checkpoint is not None:
         state, meta = load_state(Path(checkpoint))
@@ -65,15 +94,18 @@ def load_trained(
         raise ValueError(f"{flag} {run}: its checkpoint is not one of a training")
     architecture = Architecture.from_json(json.loads(state["architecture"]), f"{run} (checkpoint)")
     network = build_network(architecture, **state["build"])
+    post_training = state.get("post_training", {})
+    if post_training.get("folded"):
+        fold_normalization(network)
     network.load_state_dict(state["model"])
     info = {
-        **{key: record.get(key) for key in ("method", "dataset", "seed", "digest")},
+        **{key: record.get(key) for key in ("method", "dataset", "seed", "digest", "stage")},
         "build": state["build"],
         "data": state["data"],
         "epoch": state["epoch"],
         "checkpoint": meta.get("path", str(checkpoint)),
     }
-    return network.eval(), record["config"], info
+    return network.eval(), post_training.get("training", record["config"]), info
 
 
 def cost_text(cost: Cost) -> str:
