@@ -3,10 +3,11 @@
 
     python report.py runs/qdarts-train/*
     python report.py runs --format csv --out results/table.csv
-    python report.py runs --group-by method,bits
+    python report.py runs --group-by method,bits --format latex
+    python report.py runs --pareto docs/images/pareto.svg
 
-Runs that differ only by their seed share a row (`--group-by run`: a row each); data sets and sizes never mix. Exit code
-1 when a folder could not be read; the others are printed all the same.
+Runs that differ only by their seed share a row (`--group-by run`: a row each); a grouping that would mix data sets or
+sizes is refused. Exit code 1 when a folder could not be read; the others are printed all the same.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 
 from common.engine.files import write_bytes
 from common.engine.parsing import Parser, choice
+from common.recipes.pareto import COSTS, draw_pareto, picture
 from common.recipes.records import Record, find_runs, read_run
-from common.recipes.tables import DEFAULT_GROUPS, GROUP_FIELDS, group, to_csv, to_json, to_markdown
+from common.recipes.rows import DEFAULT_GROUPS, GROUP_FIELDS, group
+from common.recipes.tables import to_csv, to_json, to_latex, to_markdown
 
-_WRITERS = {"md": to_markdown, "csv": to_csv, "json": to_json}
-_ENDINGS = {".md": "md", ".csv": "csv", ".json": "json"}
+_WRITERS = {"md": to_markdown, "csv": to_csv, "json": to_json, "latex": to_latex}
+_ENDINGS = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "latex"}
 
 
 def _parser() -> Parser:
@@ -37,6 +40,8 @@ def _parser() -> Parser:
         metavar="F",
         help=f"a row for each {', '.join(DEFAULT_GROUPS)} (default); choose among {', '.join(GROUP_FIELDS)}",
     )
+    parser.add_argument("--pareto", type=picture, metavar="FILE", help="draw accuracy against cost: .svg, .png or .pdf")
+    parser.add_argument("--pareto-x", type=choice(*COSTS), default=next(iter(COSTS)), help="its cost axis")
     return parser
 
 
@@ -68,22 +73,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"report.py: {problem}", file=sys.stderr)
     if rows:
-        text = _WRITERS[form](rows)
+        _write(parser, "--out", args.out, _WRITERS[form](rows).encode())
+    if rows and args.pareto:
         try:
-            _write(text, args.out)
-        except OSError as error:
-            parser.fail([f"--out {args.out}: {error.strerror or error}; name another file"])
+            image, left_out = draw_pareto(rows, args.pareto_x, args.pareto.suffix.lower().lstrip("."))
+        except ValueError as error:
+            parser.fail([str(error)])
+        for message in left_out:
+            print(f"report.py: --pareto leaves out {message}", file=sys.stderr)
+        _write(parser, "--pareto", args.pareto, image)
     return 1 if problems or not rows else 0
 
 
-def _write(text: str, out: Path | None) -> None:
-    """To the file, in one piece, or to stdout."""
+def _write(parser: Parser, flag: str, out: Path | None, data: bytes) -> None:
+    """To the file, in one piece, or to stdout; a disk that refuses ends the program with exit code 2."""
     if out is None:
-        sys.stdout.write(text)
+        sys.stdout.write(data.decode())
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(out, text.encode())
-    print(f"wrote {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(out, data)
+    except OSError as error:
+        parser.fail([f"{flag} {out}: {error.strerror or error}; name another file"])
+    print(f"wrote {out}", file=sys.stdout if flag == "--out" else sys.stderr)  # stdout may hold the table
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,11 @@ _INCIDENTAL = frozenset(
         *("log_every", "checkpoint_minutes", "tensorboard", "workers", "data", "threads", "quiet"),
     )
 )
-_OTHER_RUNS = ("teacher", "init_from", "weights_path")  # whether, but not which: paths differ from seed to seed
+# whether, but not which: paths differ from seed to seed
+_OTHER_RUNS = ("teacher", "init_from", "weights_path", "match_reference")
+_TRAINED = ("train", "quantize")  # a network quantised after its training counts as a trained one
+_SOURCES = ("arch", "run", "init_from")  # flags that lead to the run from which an architecture came
+_PROVENANCE = frozenset(("method", "dataset", "seed", "epochs", "flags_digest", "version"))  # of every search
 _COST = ("parameters", "macs", "bitops", "bitops_quantized", "bitops_paper", "weight_bytes", "weight_bytes_fp32")
 
 
@@ -28,6 +33,7 @@ class Record:
 
     folder: Path
     stage: str
+    """search or train; what was quantised after its training counts as trained."""
     method: str
     dataset: str
     seed: int | None
@@ -35,20 +41,22 @@ class Record:
     progress: str = ""
     """How far an unfinished run came."""
     architecture: str = ""
-    found: bool = False
-    """Whether the architecture comes from a search."""
+    search: str = ""
+    """Which search found the architecture, the same text for all of its trainings; empty: none did."""
     bits: tuple[float, float] | None = None
     """Mean weight and activation bits; None: full precision."""
     searched_bits: bool = False
+    bit_set: tuple[int, ...] = ()
+    """The bit-widths that a search chose among, where that is known."""
     correct: int | None = None
     n_test: int | None = None
     accuracy: float | None = None
     numbers: Mapping[str, float | None] = field(default_factory=dict)
     """Cost, times, and what else the table shows, by name."""
     size: tuple[Any, ...] = ()
-    """What must agree within a row: network, image size, epochs, number of images."""
+    """What must agree within a row, as (name, value): network, image size, epochs, number of images."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The flags that make the experiment, without seed and paths."""
+    """The flags that make the experiment, its search's as `search.NAME`, without seed and paths."""
     device: str = ""
 
 
@@ -98,11 +106,11 @@ def read_run(folder: Path) -> Record:
         raise ValueError(f"{where}: schema {result.get('schema')!r} is not 1, the one this version reads")
     fields = _Fields(result, where)
     stage = fields.text("stage")
-    if stage not in ("search", "train"):
-        raise ValueError(f"{where}: field stage: {stage!r} is neither search nor train")
+    if stage not in ("search", *_TRAINED):
+        raise ValueError(f"{where}: field stage: {stage!r} is none of search, {', '.join(_TRAINED)}")
     common = {
         "folder": folder,
-        "stage": stage,
+        "stage": "train" if stage in _TRAINED else stage,
         "method": fields.text("method"),
         "dataset": fields.text("dataset"),
         "seed": fields.integer("seed"),
@@ -110,7 +118,7 @@ def read_run(folder: Path) -> Record:
         "settings": _settings(config),
         "device": _device(result.get("device")),
     }
-    return _train(fields, common) if stage == "train" else _search(fields, common)
+    return _search(fields, common) if stage == "search" else _train(fields, common)
 
 
 def _train(fields: _Fields, common: dict[str, Any]) -> Record:
@@ -125,21 +133,21 @@ def _train(fields: _Fields, common: dict[str, Any]) -> Record:
     weight = fields.number("bits_mean.weight", required=False)
     activation = fields.number("bits_mean.activation", required=False)
     quantised = weight is not None and activation is not None and (weight, activation) != (32, 32)
-    name, found, searched_bits = _architecture(common["folder"], fields)
     network = fields.get("network") if isinstance(fields.get("network"), dict) else {}
-    size = tuple((key, network.get(key)) for key in ("init_channels", "layers", "stem", "image_size"))
-    size += tuple((key, fields.get(key)) for key in ("epochs", "n_train", "n_test"))
+    numbers["init_channels"] = fields.number("network.init_channels", required=False)
+    size = {key: network.get(key) for key in ("init_channels", "layers", "stem", "image_size")}
+    size |= {key: fields.get(key) for key in ("epochs", "n_train", "n_test")}
+    if common["settings"].get("match_bitops"):
+        del size["init_channels"]
+        size["match_bitops"] = common["settings"]["match_bitops"]
     return Record(
-        **common,
-        architecture=name,
-        found=found,
+        **common | _architecture(common, fields),
         bits=(weight, activation) if quantised else None,
-        searched_bits=searched_bits,
         correct=correct,
         n_test=n_test,
         accuracy=correct / n_test,
         numbers=numbers,
-        size=size,
+        size=tuple(size.items()),
     )
 
 
@@ -151,7 +159,7 @@ def _search(fields: _Fields, common: dict[str, Any]) -> Record:
     if reached is not None:
         numbers["target_reached"] = float(bool(reached))
     accuracy = fields.number("metrics.valid_top1", required=False)
-    return Record(**common, found=True, accuracy=accuracy, numbers=numbers, size=(("epochs", fields.get("epochs")),))
+    return Record(**common, accuracy=accuracy, numbers=numbers, size=(("epochs", fields.get("epochs")),))
 
 
 def _unfinished(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> Record:
@@ -162,7 +170,7 @@ def _unfinished(folder: Path, config: Mapping[str, Any], result: Mapping[str, An
     seed = known.get("seed")
     return Record(
         folder=folder,
-        stage=str(known.get("stage") or ("search" if "search" in parts else "train")),
+        stage="search" if known.get("stage", "search" if "search" in parts else "train") == "search" else "train",
         method=str(known.get("method") or parts[0]),
         dataset=str(known.get("dataset") or "?"),
         seed=seed if isinstance(seed, int) else None,
@@ -185,18 +193,48 @@ def _progress(folder: Path, epochs: Any) -> str:
     return f"in epoch {seen[-1] + 1}" + (f" of {epochs}" if isinstance(epochs, int) else "")
 
 
-def _architecture(folder: Path, fields: _Fields) -> tuple[str, bool, bool]:
-    """What the architecture is called, whether a search found it, and whether its bits were searched."""
-    text = str(fields.get("architecture") or "")
+def _architecture(common: Mapping[str, Any], fields: _Fields) -> dict[str, Any]:
+    """What is known of a trained architecture and of its search, as fields of the record."""
+    folder, text = common["folder"], str(fields.get("architecture") or "")
     data = _read_object(folder / "architecture.json") if (folder / "architecture.json").is_file() else {}
-    bits = data.get("bits")
-    searched_bits = isinstance(bits, dict) and bits.get("kind") != "uniform"
+    searched_bits = isinstance(data.get("bits"), dict) and data["bits"].get("kind") != "uniform"
     provenance = data.get("search")
-    if isinstance(data.get("name"), str) and data["name"]:
-        return data["name"], bool(provenance), searched_bits
-    if isinstance(provenance, dict) and provenance:
-        return "found", True, searched_bits
-    return (Path(text).stem if text.endswith(".json") else Path(text).name) or "?", False, searched_bits
+    name = data.get("name") if isinstance(data.get("name"), str) else None
+    if not isinstance(provenance, dict) or not provenance:
+        name = name or (Path(text).stem if text.endswith(".json") else Path(text).name) or "?"
+        return {"architecture": name, "searched_bits": searched_bits}
+    finder = provenance.get("method")
+    digest = provenance.get("flags_digest")
+    flags = _search_flags(folder, digest)
+    known = {key: value for key, value in provenance.items() if key not in _PROVENANCE} | _kept(flags)
+    bits = flags.get("bits") if isinstance(flags.get("bits"), list) else []
+    return {
+        "architecture": name or ("found" if finder in (None, common["method"]) else f"found by {finder}"),
+        "search": str(digest or json.dumps(provenance, sort_keys=True, default=str)),
+        "searched_bits": searched_bits,
+        "bit_set": tuple(bits) if searched_bits else (),
+        "settings": common["settings"] | {f"search.{key}": value for key, value in known.items()},
+    }
+
+
+def _search_flags(folder: Path, digest: Any, depth: int = 3) -> dict[str, Any]:
+    """The flags of the search whose configuration has this digest, along the `--arch` of the runs; {} where it is gone.
+
+    Paths in a run's flags are relative to the folder in which its command was typed: one above the run.
+    """
+    try:
+        config = _read_object(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+    if config.get("digest") == digest:
+        return _flags(config)
+    sources = [value for key in _SOURCES if isinstance(value := _flags(config).get(key), str)]
+    for source in sources if depth and digest else ():
+        places = [base / source for base in (Path(), *folder.resolve().parents)]
+        for place in (place for place in places if (place / "config.json").is_file()):
+            if flags := _search_flags(place, digest, depth - 1):
+                return flags
+    return {}
 
 
 def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +243,14 @@ def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     volatile = config.get("volatile") if isinstance(config.get("volatile"), list) else []
-    kept = {key: value for key, value in _flags(config).items() if key not in _INCIDENTAL and key not in volatile}
+    return {key: value for key, value in _kept(_flags(config)).items() if key not in volatile}
+
+
+def _kept(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that make an experiment; of other runs only whether there is one."""
+    kept = {key: value for key, value in flags.items() if key not in _INCIDENTAL}
+    if kept.get("match_bitops"):  # that factor says the size; the channels follow from what was found
+        kept.pop("init_channels", None)
     return kept | {key: True for key in _OTHER_RUNS if kept.get(key)}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics of the tables: intervals of one measured accuracy and of several runs. Pure functions, no packages."""
+"""The statistics of the tables: intervals, components of variance, and ranks. Pure functions, no packages."""
 
 from __future__ import annotations
 
@@ -35,16 +35,79 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
+def variance_components(groups: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
+    """Variance between groups and within them: unbiased, by one-way analysis of variance with random groups.
+
+    With k groups of n_i values, N in all: within = MSW, between = (MSB - MSW) / n0, where
+    n0 = (N - sum n_i^2 / N) / (k - 1) (Searle, Casella and McCulloch, 1992, 3.6). An unbiased estimate may come out
+    below zero. None where it cannot be told: within, when every group has one value; between, then or with fewer than
+    two groups.
+    """
+    between_squares, within_squares, count = _squares(groups)
+    freedom = len(groups) - 1
+    if count == len(groups):
+        return None, None
+    within = within_squares / (count - len(groups))
+    if freedom < 1:
+        return None, within
+    typical = (count - sum(len(group) ** 2 for group in groups) / count) / freedom
+    return (between_squares / freedom - within) / typical, within
+
+
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """Student's t interval of the mean of several runs; None for fewer than two.
+    """Student's t interval of the mean of several independent runs; None for fewer than two.
 
     Raises ValueError when there are none, or for a level outside (0, 1).
     """
-    mean, deviation = mean_and_deviation(values)
-    if deviation is None:
+    return grouped_mean_interval([[value] for value in values], level)
+
+
+def grouped_mean_interval(groups: Sequence[Sequence[float]], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of the mean of all values, where values of one group share something; None if it has no n.
+
+    Several groups: they are the independent draws, so that k of them with N values in all give the standard error
+    sqrt(MSB / N) with k - 1 degrees of freedom (exact for groups of one size; with one value each, the usual interval).
+    A single group: its values are the draws. Raises ValueError as `mean_interval`.
+    """
+    if len(groups) == 1:
+        groups = [[value] for value in groups[0]]
+    between, _, count = _squares(groups)
+    probability, freedom = _two_sided(level), len(groups) - 1
+    if freedom < 1:
         return None
-    reach = student_quantile(_two_sided(level), len(values) - 1) * deviation / math.sqrt(len(values))
+    mean = fmean(value for group in groups for value in group)
+    reach = student_quantile(probability, freedom) * math.sqrt(between / freedom / count)
     return mean - reach, mean + reach
+
+
+def _squares(groups: Sequence[Sequence[float]]) -> tuple[float, float, int]:
+    """Sums of squares between and within groups, and the number of values."""
+    values = [value for group in groups for value in group]
+    mean = mean_and_deviation(values)[0]
+    between = sum(len(group) * (fmean(group) - mean) ** 2 for group in groups)
+    within = sum((value - fmean(group)) ** 2 for group in groups for value in group)
+    return between, within, len(values)
+
+
+def rank_labels(intervals: Sequence[tuple[float, float] | None]) -> list[str]:
+    """Ranks of intervals, the highest first: `2` where it is clear of all others, `=2` where it is not, `-` for None.
+
+    Intervals that overlap (or touch) share a group, and so do those that a chain of overlaps connects: within a group
+    nothing is ordered. A group's number is one more than that of the intervals above it; a group of one has no `=`.
+    """
+    lowest, groups = math.inf, list[list[int]]()
+    ends = [(high, low, index) for index, interval in enumerate(intervals) if interval for low, high in [interval]]
+    for high, low, index in sorted(ends, reverse=True):
+        if high < lowest:  # clear of everything so far
+            groups.append([])
+        groups[-1].append(index)
+        lowest = min(lowest, low)
+    labels, above = ["-"] * len(intervals), 0
+    for members in groups:
+        for index in members:
+            labels[index] = f"{'=' if len(members) > 1 else ''}{above + 1}"
+        above += len(members)
+    return labels
 
 
 def student_quantile(probability: float, freedom: int) -> float:

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of runs as rows: runs that differ by their seed share one, with the statistics of their accuracy.
+
+A row never mixes data sets or sizes (image, network, numbers of epochs and images).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.recipes.records import Record
+from common.recipes.statistics import (
+    grouped_mean_interval,
+    mean_and_deviation,
+    rank_labels,
+    variance_components,
+    wilson_interval,
+)
+
+DEFAULT_GROUPS = ("dataset", "size", "method", "architecture", "bits", "settings")
+GROUP_FIELDS = (*DEFAULT_GROUPS, "seed", "run")
+"""What rows can be told apart by."""
+BITOPS = ("bitops", "bitops_quantized", "bitops_paper")
+"""The three figures: all layers, quantised layers only, the paper's accounting."""
+_NUMBERS = (
+    *("parameters", "macs", *BITOPS, "weight_bytes", "weight_bytes_fp32"),
+    *("exact_bitops", "exact_bitops_quantized", "expected_bitops", "target_bitops", "target_reached"),
+    *("parameter_free_share", "epochs", "test_loss", "test_top5", "search_seconds", "train_seconds", "init_channels"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ by their seed only (or by what the caller asked to put together)."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def first(self) -> Record:
+        """One of its runs, for what all of them share."""
+        return self.records[0]
+
+    @property
+    def trained(self) -> bool:
+        """Whether it holds finished, trained networks."""
+        return self.first.finished and self.first.stage == "train"
+
+    @property
+    def accuracies(self) -> list[list[float]]:
+        """Accuracy of each run, as fractions; a list for each search (one for all where nothing was searched)."""
+        groups: dict[str, list[float]] = {}
+        for record in self.records:
+            if record.accuracy is not None:
+                groups.setdefault(record.search, []).append(record.accuracy)
+        return list(groups.values())
+
+    @property
+    def accuracy(self) -> tuple[float | None, float | None]:
+        """Mean and standard deviation over all runs; None where there is none."""
+        values = [value for group in self.accuracies for value in group]
+        return mean_and_deviation(values) if values else (None, None)
+
+    @property
+    def deviations(self) -> tuple[float | None, float | None]:
+        """Standard deviation between searches and between trainings; None where a level has one member.
+
+        Roots of the unbiased variance components; a component estimated below zero counts as zero.
+        """
+        between, within = variance_components(self.accuracies) if self.accuracies else (None, None)
+        return _root(between), _root(within)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95%: Wilson's of a single trained run, Student's t of the mean of several."""
+        if len(self.records) == 1:
+            record = self.first
+            return wilson_interval(record.correct, record.n_test) if record.correct is not None else None
+        return grouped_mean_interval(self.accuracies) if self.accuracies else None
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a number over the runs; None where any run lacks it."""
+        values = [record.numbers.get(name) for record in self.records]
+        present = [value for value in values if value is not None]
+        return mean_and_deviation(present)[0] if len(present) == len(values) and present else None
+
+    @property
+    def bits(self) -> tuple[float, float] | None:
+        """Mean weight and activation bits; None: full precision."""
+        pairs = [record.bits for record in self.records if record.bits is not None]
+        if not pairs:
+            return None
+        return mean_and_deviation([pair[0] for pair in pairs])[0], mean_and_deviation([pair[1] for pair in pairs])[0]
+
+    @property
+    def bits_label(self) -> str:
+        """The setting as a name: `fp32`, `4/4` (weights/activations), `{2,4}` for a searched set; else the means."""
+        if self.bits is None:
+            return "fp32"
+        sets = {record.bit_set for record in self.records}
+        if len(sets) == 1 and (chosen := sets.pop()):
+            return "{" + ",".join(map(str, chosen)) + "}"
+        return self.bits_text
+
+    @property
+    def bits_text(self) -> str:
+        """Mean weight/activation bits, such as `4/4` or `2.3/2.9`; `fp32` without."""
+        if self.bits is None:
+            return "fp32"
+        return "/".join(f"{value:.0f}" if value == int(value) else f"{value:.1f}" for value in self.bits)
+
+    def common(self, value: Callable[[Record], str]) -> str:
+        """What all runs share, or all the values, separated by commas."""
+        return ", ".join(dict.fromkeys(text for record in self.records if (text := value(record))))
+
+
+def _root(variance: float | None) -> float | None:
+    return None if variance is None else math.sqrt(max(0.0, variance))
+
+
+def group(records: Iterable[Record], by: Sequence[str] = DEFAULT_GROUPS) -> list[Row]:
+    """Rows in order of their first run. Searches and unfinished runs have a row each.
+
+    Raises ValueError for a field that is not one of GROUP_FIELDS, and where a row would mix data sets or sizes.
+    """
+    unknown = [name for name in by if name not in GROUP_FIELDS]
+    if unknown:
+        raise ValueError(f"--group-by: {unknown[0]!r} is not one of {', '.join(GROUP_FIELDS)}")
+    rows: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        alone = record.stage == "search" or not record.finished
+        key = (str(record.folder),) if alone else tuple(_key(record, name) for name in by)
+        members = rows.setdefault(key, [])
+        if members and (what := _unlike(members[0], record)):
+            field, first, second = what
+            raise ValueError(
+                f"--group-by {' '.join(by)}: would mix {members[0].folder} ({first}) and {record.folder} ({second}) "
+                f"in one row; add {field} to --group-by, or name runs of one {field} only"
+            )
+        members.append(record)
+    return [Row(tuple(found)) for found in rows.values()]
+
+
+def _unlike(first: Record, second: Record) -> tuple[str, str, str] | None:
+    """(field, value, other value) of the first thing that must not be mixed and differs."""
+    if first.dataset != second.dataset:
+        return "dataset", f"data set {first.dataset}", f"data set {second.dataset}"
+    one, other = dict(first.size), dict(second.size)
+    for key in one | other:
+        if one.get(key) != other.get(key):
+            return "size", f"{key} {one.get(key)}", f"{key} {other.get(key)}"
+    return None
+
+
+def _key(record: Record, name: str) -> Any:
+    if name == "bits":
+        return ("searched", record.bit_set) if record.searched_bits else record.bits
+    if name == "settings":
+        # a flag that is off and one that the run's version did not have are the same
+        return json.dumps({k: v for k, v in record.settings.items() if v}, sort_keys=True, default=str)
+    return str(record.folder) if name == "run" else getattr(record, name)
+
+
+def differences(rows: Sequence[Row]) -> list[str]:
+    """For rows that would look the same (same method, architecture and bits): the flags that tell them apart.
+
+    A flag that is off (none, false) goes without saying.
+    """
+    texts = []
+    for row in rows:
+        twins = [_flags(other) for other in rows if _look(other) == _look(row)]
+        told = []
+        for key, value in sorted(_flags(row).items()):
+            values = {json.dumps(twin[key] or None, default=str) for twin in twins if key in twin}
+            lone = key == "match_bitops" and any(key not in twin for twin in twins)
+            if (len(values) > 1 or lone) and value is not None and value is not False:
+                told.append(key if value is True else f"{key}={value}")
+        texts.append(" ".join(told))
+    return texts
+
+
+def _flags(row: Row) -> dict[str, Any]:
+    """A row's settings and sizes by name."""
+    flags = {**dict(row.first.size), **row.first.settings}
+    if flags.get("match_bitops"):
+        channels = sorted({int(record.numbers.get("init_channels") or 0) for record in row.records})
+        flags["match_bitops"] = (
+            f"{flags['match_bitops']:g} ({'-'.join(map(str, channels[:1] + channels[1:][-1:]))} channels)"
+        )
+    return flags
+
+
+def _look(row: Row) -> tuple[str, str, Any]:
+    return row.first.method, row.first.architecture, _key(row.first, "bits")
+
+
+def ranks(rows: Sequence[Row]) -> list[str]:
+    """Each row's rank among the trained rows of the same data: see `rank_labels`; `-` where there is no accuracy."""
+    labels = ["-"] * len(rows)
+    for kind in {data_of(row) for row in rows if row.trained}:
+        members = [index for index, row in enumerate(rows) if row.trained and data_of(row) == kind]
+        for index, label in zip(members, rank_labels([rows[i].interval for i in members]), strict=True):
+            labels[index] = label
+    return labels
+
+
+def data_of(row: Row) -> tuple[Any, ...]:
+    """What makes accuracies comparable: data set, image size, numbers of test and training images."""
+    size = dict(row.first.size)
+    return (row.first.dataset, size.get("image_size"), size.get("n_test"), size.get("n_train"))
+
+
+def as_objects(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One flat object a row: fractions, bytes, seconds and plain counts, named as in result.json."""
+    objects = []
+    for row, differs, rank in zip(rows, differences(rows), ranks(rows), strict=True):
+        record, interval = row.first, row.interval
+        mean, deviation = row.accuracy
+        search_deviation, train_deviation = row.deviations
+        weight, activation = row.bits or (None, None)
+        entry: dict[str, Any] = {
+            "stage": record.stage,
+            "dataset": record.dataset,
+            "method": row.common(lambda r: r.method),
+            "architecture": row.common(lambda r: r.architecture),
+            "differs": differs,
+            "bits": row.bits_label if row.trained else None,
+            "weight_bits": weight,
+            "activation_bits": activation,
+            "finished": record.finished,
+            "progress": record.progress,
+            "rank": None if rank == "-" else rank,
+            "n": len(row.records),
+            "seeds": [r.seed for r in row.records],
+            "accuracy": mean,
+            "accuracy_std": deviation,
+            "accuracy_std_searches": search_deviation,
+            "accuracy_std_trainings": train_deviation,
+            "accuracy_low": interval[0] if interval else None,
+            "accuracy_high": interval[1] if interval else None,
+            "interval": None if interval is None else "wilson" if len(row.records) == 1 else "student",
+            "test_correct": [r.correct for r in row.records],
+            "n_test": record.n_test,
+        }
+        entry |= {name: _plain(row.mean(name)) for name in _NUMBERS}
+        entry |= {key: value for key, value in record.size if key not in entry}
+        entry |= {"device": row.common(lambda r: r.device), "runs": [str(r.folder) for r in row.records]}
+        objects.append(entry)
+    return objects
+
+
+def _plain(value: float | None) -> float | int | None:
+    """Whole numbers without a decimal point."""
+    return int(value) if value is not None and value == int(value) else value
