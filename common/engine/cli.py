@@ -34,6 +34,7 @@ __all__ = [
     "Parser",
     "Switch",
     "Translation",
+    "add_bit_search_flags",
     "add_data_flags",
     "add_model_flags",
     "add_optimization_flags",
@@ -44,6 +45,7 @@ __all__ = [
     "add_train_flags",
     "bitops",
     "boolean",
+    "check_bits",
     "check_run",
     "check_search",
     "check_train",
@@ -63,6 +65,7 @@ VOLATILE = frozenset(
     (
         *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
         *("checkpoint_minutes", "tensorboard", "workers", "data", "threads"),
+        "search_space",  # a place; what the file says is in search_space_digest
     )
 )
 Kind = Callable[[str], Any]
@@ -119,6 +122,9 @@ def add_model_flags(parser: Parser, stage: str) -> None:
     add.value("--init-channels", integer(1), 16 if search else 36, "N", "channels of the first cell")
     add.value("--layers", integer(1), 8 if search else 20, "N", "number of cells")
     add.choice("--stem", "auto|cifar|imagenet", "auto", "auto: cifar below 128 pixels")
+    own = "operations of your own, and which to search among (docs/own-operation.md)"
+    add.value("--search-space", Path, None, "FILE.py", own)
+    parser.fix(search_space_digest=None)
     if search:
         add.choice("--method", "darts|pc-darts", "pc-darts", "full channels, or partial channels with edge weights")
         add.value("--partial", integer(1), 4, "K", "pc-darts: 1/K of the channels pass the candidate operations")
@@ -177,21 +183,36 @@ def add_search_flags(parser: Parser, *, bits: bool = True) -> None:
     add.switch("--unrolled", False, "second-order architecture gradients")
     add.choice("--second-order", "exact|finite-difference", "exact", "how --unrolled differentiates")
     if bits:
-        add.value("--gamma-learning-rate --q-lr", number(0), 0.01, "LR", "of the bit logits (SGD)")
-        add.value("--gamma-weight-decay --q-wd", number(0), 1e-3, "WD", "of the bit logits")
+        _add_bit_logits(add)
         add.choice("--gamma-level", "lower|upper", "lower", "bit logits move with the weights, or with the alphas")
     add.value("--init-from", Path, None, "RUN", "start from the weights of an earlier search (not its choices)")
     add = _Group(parser, "cost")
-    decay = "weight of the cost in the weight step; steers the bits" if bits else "weight of the cost"
-    add.value("--complexity-decay --cd", number(0), 1e-4 if bits else 0.0, "X", decay)
+    _add_cost(add, "in the weight step; steers the bits" if bits else "", 1e-4 if bits else 0.0)
     arch = (
         "weight of the cost in the architecture step (default: a tenth of --complexity-decay; 0 with uniform weighting)"
     )
     add.value("--arch-complexity-decay", number(0), None, "X", arch)
-    add.value("--target-bitops", bitops, None, "G", "BitOps to hit within 10%%, such as 2.2e9, 2.2G or 350M")
-    add.choice("--cost-accounting", "exact|paper", "exact", "each layer at its true size, or the reference's count")
     weighting = "expected cost of the network to be trained, or the reference's sum over all candidates"
     add.choice("--cost-weighting", "expected|uniform", "expected", weighting)
+
+
+def add_bit_search_flags(parser: Parser) -> None:
+    """The search of bits alone, for a fixed network: bit logits, cost."""
+    add = _Group(parser, "search")
+    _add_bit_logits(add)
+    add.value("--init-from", Path, None, "RUN", "start from the weights of a trained run")
+    _add_cost(_Group(parser, "cost"), "in the loss", 0.00335)
+
+
+def _add_bit_logits(add: _Group) -> None:
+    add.value("--gamma-learning-rate --q-lr --lra", number(0), 0.01, "LR", "of the bit logits (SGD)")
+    add.value("--gamma-weight-decay --q-wd", number(0), 1e-3, "WD", "of the bit logits")
+
+
+def _add_cost(add: _Group, where: str, decay: float) -> None:
+    add.value("--complexity-decay --cd", number(0), decay, "X", f"weight of the cost {where}".rstrip())
+    add.value("--target-bitops", bitops, None, "G", "BitOps to hit within 10%%, such as 2.2e9, 2.2G or 350M")
+    add.choice("--cost-accounting", "exact|paper", "exact", "each layer at its true size, or the reference's count")
 
 
 def add_train_flags(parser: Parser) -> None:
@@ -318,9 +339,9 @@ def check_run(config: Config) -> list[str]:
     return errors
 
 
-def check_search(config: Config) -> list[str]:
-    """Rules across the flags of a search."""
-    errors = check_run(config)
+def check_bits(config: Config) -> list[str]:
+    """Rules across the flags of bits under search."""
+    errors = []
     if config.bits and len(set(config.bits)) != len(config.bits):
         errors.append(f"--bits: {' '.join(map(str, config.bits))} names one twice; give each once")
     for dest in ("weight_quantizer", "activation_quantizer"):
@@ -328,6 +349,12 @@ def check_search(config: Config) -> list[str]:
             errors.append(
                 f"{_flag(dest)}: lsq learns one step for one bit-width, so a search cannot mix it; train with it"
             )
+    return errors
+
+
+def check_search(config: Config) -> list[str]:
+    """Rules across the flags of a search."""
+    errors = check_run(config) + check_bits(config)
     if config.method == "pc-darts" and config.init_channels % config.partial:
         errors.append(f"--init-channels: {config.init_channels} is no multiple of --partial {config.partial}; give one")
     if config.multiplier > config.nodes:

@@ -93,7 +93,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     cost = network_cost(network, data.info.image_size)
     notes = [_describe(config, architecture, data, cost)]
     if config.init_from is not None:
-        notes.append(_start_from(network, config.init_from))
+        notes.append(start_from(network, config.init_from))
     network.to(device)
     return Prepared(config, device, data.to(device), architecture, build, network, cost, notes)
 
@@ -112,7 +112,7 @@ def _describe(config: Config, architecture: Architecture, data: ImageData, cost:
     )
 
 
-def _start_from(network: Network, run: Path) -> str:
+def start_from(network: Network, run: Path) -> str:
     """Load a run's weights into the network; ValueError unless every convolution and the classifier fit."""
     source, _, info = load_trained(run, flag="--init-from")
     theirs, ours = source.state_dict(), network.state_dict()
