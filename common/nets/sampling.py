@@ -17,7 +17,7 @@ from common.nets.supernet import Supernet
 from genotypes import PRIMITIVES, Genotype
 
 SEARCHED_CELLS = 8
-"""Cells of a search by default: as many entries has a policy of random bits for cells that no search has found."""
+"""Cells of a search by default."""
 _NEVER = -1e4  # a logit whose softmax is exactly zero, in every precision
 
 
@@ -44,21 +44,25 @@ def random_genotype(
     return Genotype(cell(), concat, cell(), concat)
 
 
-def random_bits(architecture: Architecture, bits: Sequence[int], generator: torch.Generator) -> BitPolicy:
+def random_bits(
+    architecture: Architecture, bits: Sequence[int], generator: torch.Generator, layers: int | None = None
+) -> BitPolicy:
     """Weight and activation bits, each uniform over `bits`, for every operation that a search would give some.
 
-    One entry per searched cell where the architecture has such (its own bits are not looked at), else SEARCHED_CELLS.
+    `layers`: cells of the search (default: as many as the architecture has bits for, else SEARCHED_CELLS); the
+    architecture's own bits are not looked at.
     """
     policy, genotype = architecture.bits, architecture.genotype
-    searched = [cell.reduction for cell in policy.cells] if policy is not None and policy.cells else None
-    reductions = searched or [is_reduction(index, SEARCHED_CELLS) for index in range(SEARCHED_CELLS)]
+    if layers is None:
+        layers = len(policy.cells) if policy is not None and policy.cells else SEARCHED_CELLS
 
     def draw() -> Bits:
         weight, activation = torch.randint(len(bits), (2,), generator=generator).tolist()
         return bits[weight], bits[activation]
 
     cells = []
-    for reduction in reductions:
+    for index in range(layers):
+        reduction = is_reduction(index, layers)
         operations = [
             draw() if needs_bits(primitive, 2 if reduction and state < 2 else 1) else None
             for primitive, state in (genotype.reduce if reduction else genotype.normal)
