@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from common.engine.distributed import is_main
-
 T = TypeVar("T")
 
 
 def _watched() -> bool:
+    from common.engine.distributed import is_main  # torch comes with it, which lines and times do not need
+
     return sys.stderr is not None and sys.stderr.isatty() and is_main()
 
 

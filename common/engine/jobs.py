@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs: commands that wait for each other, run by an executor, with a state on disk that outlives the program.
+
+`run_jobs` is a generator of what happens; whoever reads it prints, follows logs, writes tables. It knows an executor
+by three verbs (submit, poll, cancel), so that a cluster can stand where the local processes stand now.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.engine.files import read_json, write_json
+
+WAITING, RUNNING, DONE, FAILED, BLOCKED = "waiting", "running", "done", "failed", "blocked"
+ATTEMPTS = 2
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 60.0  # for a run's last checkpoint after an interrupt
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command, the folder that it writes, and the jobs (by key) that must be done before."""
+
+    name: str
+    method: str
+    setting: str
+    seed: int
+    command: tuple[str, ...]
+    folder: Path
+    after: tuple[str, ...] = ()
+    row: bool = False
+    """Whether its folder is a row of the plan's table."""
+
+    @property
+    def key(self) -> str:
+        """Seed and name: what is unique within a sweep."""
+        return f"s{self.seed}/{self.name}"
+
+    @property
+    def id(self) -> str:
+        """The configuration's digest: 12 hexadecimal digits of the command's SHA-256."""
+        return hashlib.sha256(json.dumps(self.command).encode()).hexdigest()[:12]
+
+
+# --------------------------------------------------------------------------------------------------- state on disk
+
+
+class JobStore:
+    """The states of a sweep's jobs in OUT/.sweep: `<id>.json`, replaced atomically, and the log `<id>.log`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out / ".sweep"
+
+    def log(self, job: Job) -> Path:
+        """What the job's process prints, over all its attempts."""
+        return self.folder / f"{job.id}.log"
+
+    def read(self, job: Job) -> Mapping[str, Any]:
+        """The job's last known state; a job that is new, or whose file is damaged, waits."""
+        try:
+            found = read_json(self.folder / f"{job.id}.json")
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else {"state": WAITING}
+
+    def write(self, job: Job, state: str, attempts: int, seconds: float) -> None:
+        """Note a state; `seconds`: time spent on the job in all sweeps."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entry = {
+            "id": job.id,
+            "name": job.name,
+            "method": job.method,
+            "setting": job.setting,
+            "seed": job.seed,
+            "command": list(job.command),
+            "folder": job.folder,
+            "row": job.row,
+            "state": state,
+            "attempts": attempts,
+            "seconds": seconds,
+            "log": self.log(job),
+        }
+        write_json(self.folder / f"{job.id}.json", entry)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the job has finished and its folder is still there."""
+        return self.read(job).get("state") == DONE and job.folder.is_dir()
+
+    def seconds(self, job: Job) -> float:
+        """Time spent on the job so far."""
+        return float(self.read(job).get("seconds") or 0)
+
+
+# --------------------------------------------------------------------------------------------------------- executors
+
+
+class Executor(Protocol):
+    """Where commands run. A handle is the executor's own and opaque to everybody else."""
+
+    def submit(self, command: Sequence[str], log: Path) -> Any | None:
+        """Start the command with its output appended to `log`; None while somebody else still runs this very job."""
+
+    def poll(self, handle: Any) -> int | None:
+        """The exit code (negative: the signal that ended it), None while it runs."""
+
+    def cancel(self, handle: Any, *, kill: bool = False) -> None:
+        """Ask it to stop as Ctrl-C would, or end it at once; `poll` tells when it is gone."""
+
+
+class LocalExecutor:
+    """Processes on this machine; the word `python` in front of a command is this very Python.
+
+    The log is the lock: a job's process holds it as long as it lives, so that a sweep that starts while an orphan of
+    a killed one still runs does not start the job a second time. `threads`: CPU threads of each process, unless the
+    environment says OMP_NUM_THREADS already.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        if threads is not None:
+            self.environment.setdefault("OMP_NUM_THREADS", str(threads))
+
+    def submit(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes] | None:
+        """See Executor. Raises OSError when the command does not exist or the log cannot be written."""
+        words = [sys.executable, *command[1:]] if command[0] == "python" else list(command)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            try:
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            # a session of its own: Ctrl-C reaches the sweep alone, which hands it on and waits
+            return subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+
+    def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
+        """See Executor."""
+        return handle.poll()
+
+    def cancel(self, handle: subprocess.Popen[bytes], *, kill: bool = False) -> None:
+        """See Executor; reaches the children of the process too."""
+        if handle.poll() is None:
+            os.killpg(handle.pid, signal.SIGKILL if kill else signal.SIGINT)
+
+
+# --------------------------------------------------------------------------------------------------------- scheduling
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened to a job: start, skip, busy, retry, done, failed, blocked; or `tick`, a moment of waiting."""
+
+    kind: str
+    job: Job | None = None
+    code: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class _Running:
+    handle: Any
+    attempt: int
+    before: float
+    """Seconds that earlier attempts took."""
+    start: float
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+
+def run_jobs(jobs: Sequence[Job], store: JobStore, executor: Executor, slots: int = 1) -> Iterator[Event]:
+    """Run what is not done, `slots` at a time, each after those that it waits for; the order is that of `jobs`.
+
+    A job that fails is tried once more at once; those that wait for it are then blocked, all others run on. A job is
+    done again when one that it waits for was. Closing the generator, and any exception, interrupts what still runs.
+    """
+    status = dict.fromkeys((job.key for job in jobs), WAITING)
+    by_key = {job.key: job for job in jobs}
+    ran: set[str] = set()
+    busy: set[str] = set()
+    running: dict[str, _Running] = {}
+
+    def start(job: Job, attempt: int) -> bool:
+        before = store.seconds(job)
+        handle = executor.submit(job.command, store.log(job))
+        if handle is None:
+            return False
+        running[job.key] = _Running(handle, attempt, before, time.monotonic())
+        status[job.key] = RUNNING
+        ran.add(job.key)
+        store.write(job, RUNNING, attempt, before)
+        return True
+
+    try:
+        while any(state in (WAITING, RUNNING) for state in status.values()):
+            for job in jobs:
+                needed = [status[key] for key in job.after]
+                if status[job.key] != WAITING:
+                    continue
+                if any(state in (FAILED, BLOCKED) for state in needed):
+                    status[job.key] = BLOCKED
+                    yield Event("blocked", job)
+                elif all(state == DONE for state in needed):
+                    if store.is_done(job) and ran.isdisjoint(job.after):
+                        status[job.key] = DONE
+                        yield Event("skip", job, seconds=store.seconds(job))
+                    elif len(running) < slots:
+                        if start(job, 1):
+                            yield Event("start", job)
+                        elif job.key not in busy:
+                            busy.add(job.key)
+                            yield Event("busy", job)
+            for key, entry in list(running.items()):
+                code = executor.poll(entry.handle)
+                if code is None:
+                    continue
+                job = by_key[key]
+                del running[key]
+                status[key] = DONE if code == 0 else FAILED
+                store.write(job, status[key], entry.attempt, entry.seconds)
+                if code and entry.attempt < ATTEMPTS and start(job, entry.attempt + 1):
+                    yield Event("retry", job, code, entry.seconds)
+                else:
+                    yield Event(status[key], job, code, entry.seconds)
+            yield Event("tick")
+            time.sleep(POLL_SECONDS)
+    finally:
+        for key, entry in running.items():
+            store.write(by_key[key], WAITING, entry.attempt, entry.seconds)
+        _stop(executor, [entry.handle for entry in running.values()])
+
+
+def _stop(executor: Executor, handles: list[Any]) -> None:
+    """Interrupt, wait for the last checkpoints, and end what does not listen; a second Ctrl-C ends it at once."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    try:
+        for handle in handles:
+            executor.cancel(handle)
+        while any(executor.poll(handle) is None for handle in handles) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+    finally:
+        for handle in handles:
+            executor.cancel(handle, kill=True)

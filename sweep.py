@@ -1,0 +1,221 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Many runs from one command: a plan of jobs that wait for each other, or a grid of flags and seeds.
+
+    python sweep.py scripts/plans/table1_cifar10.json --size smoke --seeds 0 1 --jobs 2
+    python sweep.py --grid learning-rate=.05,.1 --grid epochs=20,40 --seeds 0 1 2 -- python qdarts/train.py --arch PC_DARTS
+
+A job's id is the digest of its command. Finished jobs are skipped, interrupted ones go on, failed ones are tried once
+more and named at the end. Ctrl-C stops everything in good order; the same command goes on. Exit code: 0 all done, 1 some
+failed, 2 the plan or a flag is wrong, 130 interrupted. docs/sweep.md has the format of a plan.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from common.engine.jobs import Event, Job, JobStore, LocalExecutor, run_jobs
+from common.engine.parsing import Config, Parser, integer
+from common.engine.plans import Plan, Value, grid_plan, read_plan, select
+from common.engine.progress import duration
+
+PROG = "sweep.py"
+
+
+def parser() -> Parser:
+    """The flags; the command of a grid is cut off before."""
+    usage = "python sweep.py PLAN.json [flags]  |  python sweep.py --grid FLAG=V1,V2 ... [flags] -- COMMAND"
+    parser = Parser(prog=PROG, usage=usage, description=__doc__)
+    add = parser.add_argument
+    add("plan", nargs="?", type=Path, metavar="PLAN.json", help="jobs, or a command with a grid (docs/sweep.md)")
+    add(
+        "--grid", action="append", default=[], metavar="FLAG=V1,V2", help="values of one of COMMAND's flags; repeatable"
+    )
+    add("--seeds", nargs="+", type=integer(0), metavar="N", help="default: the plan's own, else 0")
+    add("--size", metavar="NAME", help="one of the plan's sizes (default: its first)")
+    add("--set", nargs="+", action="append", default=[], metavar="NAME=VALUE", help="variables of the plan")
+    add("--only", nargs="+", default=[], metavar="NAME", help="methods or jobs, with what they wait for")
+    add("--jobs", type=integer(1), default=1, metavar="N", help="processes at a time; they share the cores")
+    add("--out", type=Path, metavar="DIR", help="where the runs go (default: runs/PLAN-SIZE)")
+    add("--follow", action="store_true", help="show what the jobs print, as it comes")
+    add("--dry-run", action="store_true", help="one line a job: method, setting, seed, command, with tabs; and stop")
+    return parser
+
+
+def make_plan(config: Config, command: Sequence[str] | None) -> Plan:
+    """The plan that the flags mean. Raises ValueError for flags that do not fit together."""
+    if config.plan is not None:
+        if config.grid or command is not None:
+            raise ValueError("PLAN.json: has commands of its own; drop the plan, or --grid and COMMAND")
+        return read_plan(config.plan)
+    if not command:
+        raise ValueError("COMMAND: is missing; name a plan, or write -- and a command behind the flags")
+    grid = {}
+    for entry in config.grid:
+        name, equals, values = entry.lstrip("-").partition("=")
+        if not equals or not all(values.split(",")):
+            raise ValueError(f"--grid {entry}: is no FLAG=V1,V2; write such as --grid learning-rate=.05,.1")
+        grid[name] = values.split(",")
+    return grid_plan(command, grid, [0])
+
+
+def check_programs(jobs: Sequence[Job]) -> None:
+    """Every Python file in front of a command exists. Raises ValueError before anything has started."""
+    for job in jobs:
+        if job.command[0] == "python" and job.command[1].endswith(".py") and not Path(job.command[1]).is_file():
+            raise ValueError(f"job {job.name}: there is no {job.command[1]} here; start in the project's root")
+
+
+class Screen:
+    """Lines for people: what started and ended, how long it took, how long the rest may take."""
+
+    def __init__(self, jobs: Sequence[Job], store: JobStore, slots: int, follow: bool) -> None:
+        self.jobs, self.store, self.slots, self.follow = jobs, store, slots, follow
+        self.begin = time.monotonic()
+        self.open = {job.key for job in jobs}
+        self.took: dict[str, list[float]] = {}
+        self.failed: list[tuple[Job, int]] = []
+        self.blocked: list[Job] = []
+        self.read: dict[Path, int] = {}
+
+    def show(self, event: Event) -> None:
+        """Say what happened."""
+        if event.job is None or event.kind in ("done", "failed", "retry"):
+            self._copy_logs()
+        if (job := event.job) is None:
+            return
+        head = f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.method} {job.setting}, seed {job.seed}"
+        log = self.store.log(job)
+        if event.kind in ("start", "retry"):
+            if event.kind == "retry":
+                print(f"{head}: failed (exit code {event.code}), once more")
+            else:
+                print(f"\n{head}   ({duration(time.monotonic() - self.begin)} since the start)")
+            print(f"$ {shlex.join(job.command)}" + ("" if self.follow else f"\n  log: {log}"), flush=True)
+            if self.follow:
+                self.read.setdefault(log, log.stat().st_size if event.kind == "start" else 0)
+            return
+        if event.kind == "busy":
+            print(f"{head}: an earlier sweep's process still runs it ({log}); waiting for its end", flush=True)
+            return
+        self.open.discard(job.key)
+        if event.kind in ("skip", "done"):
+            self.took.setdefault(job.name, []).append(event.seconds)
+        elif event.kind == "failed":
+            self.failed.append((job, event.code or 0))
+        else:
+            self.blocked.append(job)
+        words = {"skip": "done before", "done": f"done in {duration(event.seconds)}", "blocked": "blocked"}
+        print(f"{head}: {words.get(event.kind, f'failed (exit code {event.code})')}{self._left()}", flush=True)
+
+    def summary(self) -> int:
+        """What failed and why, and the exit code."""
+        done = len(self.jobs) - len(self.failed) - len(self.blocked)
+        print(f"\n{done} of {len(self.jobs)} jobs done in {duration(time.monotonic() - self.begin)}")
+        for job, code in self.failed:
+            log = self.store.log(job)
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+            print(f"failed: {job.key} (exit code {code}; {log})" + "".join(f"\n    {line}" for line in last))
+        for job in self.blocked:
+            print(f"blocked: {job.key} waits for a job that failed")
+        return 1 if self.failed or self.blocked else 0
+
+    def _left(self) -> str:
+        """Estimate from jobs of the same name under other seeds, else from the mean of all."""
+        every = [seconds for found in self.took.values() for seconds in found]
+        rest = [job for job in self.jobs if job.key in self.open]
+        if not every or not rest:
+            return ""
+        means = {name: sum(found) / len(found) for name, found in self.took.items()}
+        left = sum(means.get(job.name, sum(every) / len(every)) for job in rest)
+        return f"   ({len(rest)} to go, about {duration(left / self.slots)})"
+
+    def _copy_logs(self) -> None:
+        for log, position in self.read.items():
+            with log.open("rb") as file:
+                file.seek(position)
+                if text := file.read():
+                    sys.stdout.write(text.decode(errors="replace"))
+                    sys.stdout.flush()
+                    self.read[log] = position + len(text)
+
+
+class Tables:
+    """The plan's report commands, over every finished row in OUT, whichever sweep ran it."""
+
+    def __init__(self, plan: Plan, values: Mapping[str, Value], store: JobStore) -> None:
+        self.plan, self.values, self.store = plan, values, store
+        self.stale = True
+
+    def write(self) -> None:
+        """Run them; one that fails is said, and the others still write theirs."""
+        self.stale = False
+        seeds = sorted(int(name) for name in (path.name[1:] for path in self.store.out.glob("s*")) if name.isdigit())
+        jobs = self.plan.jobs(seeds, self.values)
+        # rows of one kind together, as the plan lists them
+        rows = [job.folder for job in jobs if job.row and self.store.is_done(job)]
+        for command in self.plan.reports(rows, self.values) if rows else []:
+            words = [sys.executable, *command[1:]] if command[0] == "python" else command
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{PROG}: {shlex.join(command)[:100]} ...: {done.stderr.strip()[-500:]}", file=sys.stderr)
+
+
+def sweep(plan: Plan, values: Mapping[str, Value], jobs: Sequence[Job], config: Config) -> int:
+    """Run the jobs; the exit code."""
+    store = JobStore(config.out)
+    executor = LocalExecutor(max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None)
+    screen, tables = Screen(jobs, store, config.jobs, config.follow), Tables(plan, values, store)
+    with closing(run_jobs(jobs, store, executor, config.jobs)) as events:
+        for event in events:
+            screen.show(event)
+            if event.kind == "done" and event.job.row:
+                tables.write()
+    if tables.stale:
+        tables.write()
+    return screen.summary()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    flags = parser()
+    config = flags.parse_args(words[:cut])
+    try:
+        plan = make_plan(config, words[cut + 1 :] if cut < len(words) else None)
+        if config.out is None:
+            name = config.plan.stem if config.plan else "sweep"
+            config.out = Path("runs", "-".join(filter(None, (name, config.size or next(iter(plan.sizes), "")))))
+        values = plan.values(config.size, [pair for pairs in config.set for pair in pairs], config.out)
+        jobs = select(plan.jobs(config.seeds or plan.seeds, values), config.only)
+        if config.dry_run:
+            for job in jobs:
+                print(job.method, job.setting, job.seed, shlex.join(job.command), sep="\t")
+            return 0
+        check_programs(jobs)
+    except ValueError as error:
+        flags.fail([str(error)])
+    # also where a shell started us with SIGINT ignored; and a scheduler's SIGTERM is a Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return sweep(plan, values, jobs, config)
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
