@@ -8,7 +8,8 @@ sees the training set only; the part that trains the architecture is also the on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +21,28 @@ from common.engine import Run, plain, read_json
 from common.engine.cli import Config
 from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
-from common.engine.search_loop import SearchLoop, search
+from common.engine.search_loop import SearchLoop, SearchOutcome, Term, search
 from common.nets import Architecture, Supernet, genotype_to_json
-from common.recipes.findings import epoch_row, epoch_text, evaluation_cost, train_command
+from common.recipes.findings import collapse_warning, epoch_row, epoch_text, evaluation_cost, train_command
 from common.recipes.search_setup import PreparedSearch, prepare_search
 from common.recipes.setup import open_run
 from common.recipes.trained import EVALUATION_BATCH, cost_text, evaluate_network
+
+
+@dataclass(frozen=True)
+class SearchHooks:
+    """What a method adds to the one search. `prepared` is all that the search is made of, `row` an epoch's figures."""
+
+    arch_term: Term | None = None
+    """Added to the loss of the architecture step."""
+    on_start: Callable[[int], None] | None = None
+    """Told each epoch (from 0) before its first step."""
+    figures: Callable[[PreparedSearch], dict[str, float]] | None = None
+    """More figures of an epoch, after its last step; they must leave the search as it is."""
+    stop: Callable[[int, dict[str, Any]], str | None] | None = None
+    """Why the search ends after this epoch (from 0) with this row; None: it goes on."""
+    train_flags: Sequence[str] = ()
+    """Flags that the method's train.py needs to train what was found."""
 
 
 def run_search(
@@ -34,6 +51,7 @@ def run_search(
     method: str,
     supernet: Callable[..., Supernet] | None = None,
     prepare: Callable[[Config], PreparedSearch] | None = None,
+    hooks: SearchHooks = SearchHooks(),
     on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Search what the flags say and return what result.json holds (for --dry-run: what it found).
@@ -43,6 +61,7 @@ def run_search(
         method: whose search it is: the run folder's name, and whose train.py goes on.
         supernet: builds the network in place of `build_supernet`, with the same keywords.
         prepare: builds all in place of `prepare_search`: a search of another network, on the same loop.
+        hooks: what the method adds.
         on_step: called with the number of steps done (tests stop a run by it).
 
     Raises:
@@ -50,6 +69,7 @@ def run_search(
         NonFiniteError: the search left the finite numbers; the last good state is saved.
     """
     prepared = prepare(config) if prepare is not None else prepare_search(config, supernet)
+    prepared.loop["arch_term"] = _sum_of(prepared.loop["arch_term"], hooks.arch_term)
     if config.dry_run:
         return _dry_run(prepared)
     run = open_run(config, method=method, stage="search", dataset=prepared.data.info.name)
@@ -61,14 +81,21 @@ def run_search(
         outcome = search(
             prepared.supernet,
             run=run,
-            on_epoch=lambda epoch, figures: _record(run, prepared, epoch, figures),
+            on_epoch=lambda epoch, figures: _record(run, prepared, hooks, epoch, figures),
+            on_start=hooks.on_start,
             on_step=on_step,
             evaluate=None if prepared.evaluation_indices is None else lambda model: _evaluate(prepared, model),
             **prepared.loop,
         )
-        result = _conclude(run, prepared, method, outcome.epochs, outcome.steps, outcome.summary)
+        result = _conclude(run, prepared, method, hooks, outcome)
         run.finish(result)
         return read_json(run.folder / "result.json")
+
+
+def _sum_of(one: Term | None, other: Term | None) -> Term | None:
+    if one is None or other is None:
+        return one or other
+    return lambda model: one(model) + other(model)
 
 
 def _evaluate(prepared: PreparedSearch, model: nn.Module) -> dict[str, float]:
@@ -81,29 +108,37 @@ def _evaluate(prepared: PreparedSearch, model: nn.Module) -> dict[str, float]:
     return {"valid_loss": found["loss"], "valid_top1": found["top1"]}
 
 
-def _record(run: Run, prepared: PreparedSearch, epoch: int, figures: dict[str, float]) -> None:
-    """An epoch's rows: history.jsonl, metrics.csv (with rates and times), and the lines on stdout."""
-    row = epoch_row(prepared, figures)
+def _record(
+    run: Run, prepared: PreparedSearch, hooks: SearchHooks, epoch: int, figures: dict[str, float]
+) -> bool:
+    """An epoch's rows: history.jsonl, metrics.csv (with rates and times), the lines on stdout. Whether it is the last.
+    """
+    more = hooks.figures(prepared) if hooks.figures is not None else {}
+    row = epoch_row(prepared, figures) | more
     run.history(row, epoch=epoch)
     scalars = {key: value for key, value in row.items() if isinstance(value, float)}
     scalars |= {key: figures[key] for key in ("learning_rate", "images_per_second", "seconds")}
     scalars["peak_memory_mb"] = peak_memory_mb(prepared.device)
     steps = prepared.loop["train_stream"].steps_per_epoch
     run.metrics({"epoch": epoch, **scalars}, step=(epoch + 1) * steps)
-    run.log(epoch_text(row))
+    run.log(epoch_text(row) + "".join(f"; {name.replace('_', ' ')} {value:.4g}" for name, value in more.items()))
+    reason = hooks.stop(epoch, row) if hooks.stop is not None else None
+    if reason is not None:
+        run.log(f"stopped after epoch {epoch + 1}: {reason}")
+    return reason is not None
 
 
 def _conclude(
-    run: Run, prepared: PreparedSearch, method: str, epochs: int, steps: int, summary: dict[str, float]
+    run: Run, prepared: PreparedSearch, method: str, hooks: SearchHooks, outcome: SearchOutcome
 ) -> dict[str, Any]:
     """Write the architecture and its picture; say the command that trains it; give the result."""
-    config, data, model = prepared.config, prepared.data, prepared.supernet
+    config, data, model, summary = prepared.config, prepared.data, prepared.supernet, outcome.summary
     provenance = {
         "method": method,
-        "supernet": config.method,
+        "supernet": getattr(config, "method", None),
         "dataset": data.info.name,
         "seed": config.seed,
-        "epochs": epochs,
+        "epochs": outcome.epochs,
         "flags_digest": run.digest,
         "version": versions().get("project"),
     }
@@ -111,7 +146,10 @@ def _conclude(
     run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
     _draw(run, architecture)
     row = epoch_row(prepared, summary)
-    command = train_command(config, method, run.folder)
+    command = train_command(config, method, run.folder, hooks.train_flags)
+    run.log(f"genotype = {architecture.genotype}")
+    if warning := collapse_warning(row):
+        run.log(warning)
     steered = float(prepared.cost.exact(model))
     reached = None
     if config.target_bitops is not None:
@@ -123,10 +161,11 @@ def _conclude(
         )
     found = evaluation_cost(config, data, architecture)
     run.log(f"found network: {cost_text(found)}\ntrain it:\n  {command}")
-    same = ("exact_bitops", "exact_bitops_quantized", "exact_bitops_paper", "expected_bitops", "parameter_free_share")
+    same = ("exact_bitops", "exact_bitops_quantized", "exact_bitops_paper", "expected_bitops", "parameter_free_share", "skip_share")
     return {
-        "epochs": epochs,
-        "steps": steps,
+        "epochs": outcome.epochs,
+        "steps": outcome.steps,
+        "stopped_early": outcome.stopped_early,
         "n_train": len(data.train),
         "metrics": {key: summary.get(key) for key in ("train_loss", "train_top1", "valid_loss", "valid_top1")},
         "genotype": genotype_to_json(architecture.genotype),
