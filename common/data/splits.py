@@ -9,13 +9,17 @@ from torch import Tensor
 from common.data._seeds import generator
 
 
-def split_search(labels: Tensor, portion: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_search(labels: Tensor, portion: float, seed: int, subset: float = 1.0) -> tuple[Tensor, Tensor]:
     """(train indices, validation indices) of a search: floor(portion x N) images train weights, the rest alphas.
 
     labels: int64 [N]. Both results are sorted int64 tensors on the CPU. DARTS (arXiv 1806.09055) cuts a training set
-    in halves the same way; here each class is cut by the same share. Raises ValueError (--train-portion) when a part
-    would be empty.
+    in halves the same way; here each class is cut by the same share. `subset`: the share of all images, of each class
+    alike, that is looked at in the first place. Raises ValueError (--train-portion) when a part would be empty.
     """
+    if subset < 1:
+        kept, _ = _cut(labels, round(subset * len(labels)), seed, "subset")
+        train, valid = split_search(labels.cpu()[kept], portion, seed)
+        return kept[train], kept[valid]
     count = int(portion * len(labels) + 1e-9) if 0 < portion < 1 else 0
     if not 0 < count < len(labels):
         raise ValueError(

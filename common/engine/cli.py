@@ -110,6 +110,7 @@ def add_data_flags(parser: Parser, stage: str) -> None:
     if stage == "search":
         portion = "share of the training set that trains the weights; the rest trains the architecture"
         add.value("--train-portion", number(0.01, 0.99), 0.5, "F", portion)
+        add.value("--subset", number(0.01, 1), 1.0, "F", "share of the training set that the search sees, seeded")
     else:
         add.choice("--select", "last|val", "last", "test the last epoch's weights, or the best on a held-out part")
         held_out = "share of the training set that is held out (default: .1 with --select val, else 0)"

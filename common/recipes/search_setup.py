@@ -94,7 +94,7 @@ def _loop_arguments(
     config: Config, data: ImageData, model: Supernet, cost: ExpectedCost, device: torch.device
 ) -> tuple[dict[str, Any], Tensor]:
     """The streams over the two parts of the training set, the settings, and the cost terms with their controller."""
-    parts = split_search(data.train.labels, config.train_portion, config.seed)
+    parts = split_search(data.train.labels, config.train_portion, config.seed, config.subset)
     streams = [
         Stream(
             data.train,
@@ -223,7 +223,8 @@ def _describe(prepared: PreparedSearch) -> str:
         f"supernet: {config.method}, {config.init_channels} channels, {config.layers} cells, {bits}: "
         f"{weights / 1e6:.3f} M weights, {alphas} alphas and betas, {gammas} gammas",
         f"data: {info.name}, {len(data.train):,} training images {info.channels}x{info.image_size}x{info.image_size},"
-        f" {config.train_portion:.0%} for weights, the rest for the architecture; "
+        + ("" if config.subset == 1 else f" of which {config.subset:.0%} are seen:")
+        + f" {config.train_portion:.0%} for weights, the rest for the architecture; "
         f"{loop['train_stream'].steps_per_epoch} steps an epoch, {config.epochs} epochs",
         f"cost: of {config.eval_layers} cells of {config.eval_init_channels} channels, {cost.cheapest / 1e9:.4g} to "
         f"{cost.dearest / 1e9:.4g} G BitOps can be reached, {cost.initial / 1e9:.4g} G expected at the start",

@@ -29,6 +29,16 @@ def test_search_split(labels: torch.Tensor, portion: float) -> None:
     assert not torch.equal(train, split_search(labels, portion, 2)[0])
 
 
+def test_a_subset_is_cut_as_the_whole_is(labels: torch.Tensor) -> None:
+    train, valid = split_search(labels, 0.5, 1, subset=0.5)
+    seen = torch.cat([train, valid])
+    assert len(seen) == len(seen.unique()) == 252 and len(train) == 126
+    for part, share in ((seen, 0.5), (train, 0.25), (valid, 0.25)):
+        assert (torch.bincount(labels[part], minlength=7) - torch.bincount(labels) * share).abs().max() <= 1
+    assert not torch.equal(seen, torch.cat(split_search(labels, 0.5, 2, subset=0.5)))
+    assert torch.equal(torch.cat(split_search(labels, 0.5, 1, subset=1.0)), torch.cat(split_search(labels, 0.5, 1)))
+
+
 def test_held_out_part_is_the_smaller_one(labels: torch.Tensor) -> None:
     kept, held = hold_out(labels, 0.1, 0)
     assert (len(kept), len(held)) == (453, 50)
