@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bit search is made of, from its flags: the network and its weights, all training images, cost, settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.data import ImageData, Stream, hold_out
+from common.engine import seed_everything
+from common.engine.cli import Config
+from common.engine.search_loop import SearchSettings
+from common.nets import build_network, load_architecture
+from common.recipes.search_setup import PreparedSearch, cost_term, target_controller
+from common.recipes.setup import load_data, prepare_torch, shorten, stem_of
+from common.recipes.train import start_from
+from qsubnet.cost import SubnetCost
+from qsubnet.subnet import Subnet
+
+
+def prepare_subnet(config: Config) -> PreparedSearch:
+    """Data, network, cost and stream of a bit search, with everything refused that does not fit (ValueError)."""
+    device = prepare_torch(config)
+    architecture = load_architecture(config.arch).with_uniform_bits(32, 32)
+    data = load_data(config)
+    info = data.info
+    seed_everything(config.seed, deterministic=config.deterministic)
+    network = build_network(
+        architecture,
+        stem=stem_of(config, info.image_size),
+        in_channels=info.channels,
+        num_classes=info.num_classes,
+        init_channels=config.init_channels,
+        layers=config.layers,
+        scheme=config.scheme,
+        stem_bits=config.stem_bits,
+        classifier_bits=config.classifier_bits,
+    )
+    notes = [start_from(network, config.init_from)] if config.init_from is not None else []
+    subnet = Subnet(network, tuple(config.bits), scheme=config.scheme, signed_activations=config.signed_activations).to(
+        device
+    )
+    cost = SubnetCost(subnet, info.image_size, accounting=config.cost_accounting).to(device)
+    loop, held = _loop_arguments(config, data.to(device), subnet, cost, device)
+    prepared = PreparedSearch(config, device, data.to(device), subnet, cost, loop, held, notes)
+    prepared.notes.insert(0, _describe(prepared))
+    if config.compile:
+        subnet.compile()
+    return prepared
+
+
+def _loop_arguments(
+    config: Config, data: ImageData, subnet: Subnet, cost: SubnetCost, device: torch.device
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Arguments of the loop, and the images that train nothing (None: all do). One level: one stream, one loss."""
+    kept, held = None, None
+    if config.train_portion < 1:
+        kept, held = hold_out(data.train.labels, 1 - config.train_portion, config.seed)
+    stream = Stream(
+        data.train,
+        data.info,
+        indices=kept,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        name="search-train",
+        augment=True,
+        cutout=config.cutout_length if config.cutout else None,
+        device=device,
+    )
+    stream = shorten(stream, config.steps_per_epoch)
+    controller = None
+    if config.target_bitops is not None:
+        controller = target_controller(config, subnet, cost, config.epochs * stream.steps_per_epoch).to(device)
+    arguments = {
+        "train_stream": stream,
+        "valid_stream": None,
+        "settings": search_settings(config),
+        "criterion": nn.CrossEntropyLoss(),
+        "weight_term": cost_term(cost, config.complexity_decay, controller),
+        "arch_term": None,
+        "controller": controller,
+    }
+    return arguments, held
+
+
+def search_settings(config: Config) -> SearchSettings:
+    """The loop's settings as the flags give them; the logits fall with the weights' rate, unless a target is held."""
+    same = ("epochs", "learning_rate", "learning_rate_min", "momentum", "weight_decay", "grad_clip", "precision")
+    more = ("gamma_learning_rate", "gamma_weight_decay", "log_every", "checkpoint_minutes")
+    return SearchSettings(
+        warmup_epochs=config.lr_warmup_epochs,
+        schedule=config.lr_schedule,
+        step_epochs=config.lr_step_epochs,
+        step_factor=config.lr_step_factor,
+        gamma_momentum=config.momentum,
+        gamma_annealed=config.target_bitops is None,
+        arch_begin_epoch=0,
+        **{name: getattr(config, name) for name in (*same, *more)},
+    )
+
+
+def _describe(prepared: PreparedSearch) -> str:
+    config, info, subnet, cost = prepared.config, prepared.data.info, prepared.supernet, prepared.cost
+    weights, images = sum(p.numel() for p in subnet.weight_parameters()), len(prepared.data.train)
+    resolved = subnet.network.architecture.name
+    name = f"{config.arch} = {resolved}" if resolved not in (None, config.arch) else config.arch
+    steps = prepared.loop["train_stream"].steps_per_epoch
+    lines = [
+        f"network: {name}, {config.init_channels} channels, {config.layers} cells, {weights / 1e6:.3f} M weights; "
+        f"bits {', '.join(map(str, subnet.bits))} for each of {len(subnet.convolutions)} convolutions",
+        f"data: {info.name}, {images:,} training images {info.channels}x{info.image_size}x{info.image_size}, "
+        f"{config.train_portion:.0%} of them train weights and bits; {steps} steps an epoch, {config.epochs} epochs",
+        f"cost: {cost.cheapest / 1e9:.4g} to {cost.dearest / 1e9:.4g} G BitOps can be reached",
+    ]
+    if config.target_bitops is not None:
+        lines.append(f"target: {config.target_bitops / 1e9:.4g} G BitOps, within 10%")
+    return "\n".join(lines)
