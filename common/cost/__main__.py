@@ -14,7 +14,7 @@ from common.data import SHAPES, canonical_name
 from common.engine import read_json
 from common.engine.parsing import Config, Parser, Switch, choice, integer, one_of
 from common.nets import build_network, load_architecture
-from common.quant import SUPPORTED_BITS
+from common.quant import SUPPORTED_BITS, fold_normalization
 from common.recipes.flags import run_program
 
 _PAPER_SIZES = {"cifar": (36, 20), "imagenet": (48, 14)}
@@ -105,7 +105,10 @@ def cost_of(config: Config) -> tuple[Cost, dict[str, Any]]:
         architecture = architecture.with_mapping(config.bit_mapping)
     if config.wbits is not None:
         architecture = architecture.with_uniform_bits(config.wbits, config.abits)
-    cost = network_cost(build_network(architecture, **sizes), size)
+    network = build_network(architecture, **sizes)
+    if run.get("folded"):
+        fold_normalization(network)
+    cost = network_cost(network, size)
     return cost, {"target": target, "name": architecture.name, "dataset": name, "image_size": size, **sizes}
 
 

@@ -186,7 +186,8 @@ class CalibratedQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise x; values beyond the bounds take the outermost level."""
-        return self.grid(x.detach(), self.low.to(x.dtype), self.high.to(x.dtype), self.bits)
+        # in the bounds' precision: under autocast x is bfloat16, too coarse to count 255 steps
+        return self.grid(x.detach().to(self.low.dtype), self.low, self.high, self.bits).to(x.dtype)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         # a factory does not know its layer's channels: take the shape of what was saved

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from common.nets import Network, build_network
 from common.quant import FLOAT_BITS, CalibratedQuantizer, QuantConv2d, QuantLinear, fold_normalization
 from common.quant.quantizers import ACTIVATION_QUANTIZERS, make_quantizer
 from common.recipes.setup import load_data, open_run, prepare_torch
+from common.recipes.train import result_text
 from common.recipes.trained import cost_text, final_figures, load_trained, network_state
 
 SAMPLES = 32768
@@ -57,6 +58,20 @@ class Observed:
     """Mean of its output per channel, one tensor a batch."""
 
 
+@dataclass
+class Calibration:
+    """The calibration images, [B, C, H, W] a batch, and what the full-precision layers make of them, by name."""
+
+    batches: list[Tensor]
+    observed: dict[str, Observed]
+
+    @classmethod
+    def of(cls, source: Source, config: Config) -> Calibration:
+        """Draw the images by the flags and look at every layer."""
+        batches = calibration_batches(source, config)
+        return cls(batches, observe(source.network, batches, config.seed))
+
+
 # ------------------------------------------------------------------------------------------------------ the recipe
 
 
@@ -69,15 +84,14 @@ def run_post_training(config: Config, *, method: str) -> list[dict[str, Any]]:
     source = open_source(config)
     if config.seed is None:
         config.seed, config.sources["seed"] = source.info["seed"], "derived"
-    batches = calibration_batches(source, config)
-    observed = observe(source.network, batches, config.seed)
+    calibration = cache(partial(Calibration.of, source, config))  # made when the first pair that is not finished asks
     results = []
     for pair in pairs:
         one = Config(**vars(config) | {"param_bits": pair[0], "fwd_bits": pair[1], "tensorboard": False})
         one.source_digest = source.info["digest"]  # another training at the same place is another experiment
         if config.save is not None and len(pairs) > 1:
             one.save = config.save / "w{}a{}".format(*pair)
-        results.append(_quantize(source, one, batches, observed, method))
+        results.append(_quantize(source, one, calibration, method))
     print(table(results))
     return results
 
@@ -92,11 +106,12 @@ def width_pairs(weights: Sequence[int], activations: Sequence[int]) -> list[tupl
 def open_source(config: Config) -> Source:
     """The finished full-precision training RUN and its data. Raises ValueError naming the folder and the cure."""
     if config.run is None:
-        raise ValueError("RUN: is missing; give the folder of a full-precision training (ptq/train.py)")
+        raise ValueError("RUN: is missing; give the folder of a full-precision training")
     device = prepare_torch(config)
     network, flags, info = load_trained(config.run)
-    if any(min(layer.weight_bits, layer.activation_bits) < FLOAT_BITS for layer in _layers(network).values()):
-        raise ValueError(f"RUN {config.run}: is quantised already; give a full-precision training (ptq/train.py)")
+    low = any(min(layer.weight_bits, layer.activation_bits) < FLOAT_BITS for layer in _layers(network).values())
+    if low or info["stage"] != "train":
+        raise ValueError(f"RUN {config.run}: is quantised already; give a full-precision training")
     if not (config.run / "result.json").is_file():
         raise ValueError(f"RUN {config.run}: its training is not finished; go on with it first (--resume {config.run})")
     build = info["build"]
@@ -114,27 +129,31 @@ def open_source(config: Config) -> Source:
     return Source(config.run, flags, info, result, network.to(device), data.to(device), device)
 
 
-def _quantize(
-    source: Source, config: Config, batches: Sequence[Tensor], observed: dict[str, Observed], method: str
-) -> dict[str, Any]:
+def _quantize(source: Source, config: Config, calibration: Callable[[], Calibration], method: str) -> dict[str, Any]:
     """One pair of widths, from the full-precision network to result.json."""
     run = open_run(config, method=method, stage="quantize", dataset=source.data.info.name)
     with run:
         if run.already_finished:
             return {**read_json(run.folder / "result.json"), "folder": str(run.folder)}
         network, build = quantized_network(source, config)
-        calibrate(network, observed, config.overflow_rate)
+        calibrate(network, calibration().observed, config.overflow_rate)
         if config.bias_correction:
-            correct_biases(network, batches, observed)
+            correct_biases(network, calibration())
         cost = network_cost(network, source.data.info.image_size)
-        run.log(f"{source.run} at {config.param_bits} weight and {config.fwd_bits} activation bits: {cost_text(cost)}")
+        images = sum(map(len, calibration().batches))
+        run.log(
+            f"{source.run} at {config.param_bits} weight and {config.fwd_bits} activation bits, by "
+            f"{config.quant_method} on {images:,} training images\nnetwork: {cost_text(cost)}"
+        )
         network.architecture.save(run.folder / "architecture.json")
         post_training = {"folded": config.bn_bits is None, "training": source.flags, "source": str(source.run)}
         state = network_state(network.architecture, build, source.data.info)
         state |= {"model": network.state_dict(), "epoch": source.info["epoch"], "post_training": post_training}
         run.checkpoints.save(state, step=1, epoch=source.info["epoch"])
         final = final_figures(network, source.data, source.device, build, cost, source.flags["precision"])
-        run.finish(_result(source, config, final))
+        result = _result(source, config, final)
+        run.log(result_text(result))
+        run.finish(result)
         return {**read_json(run.folder / "result.json"), "folder": str(run.folder)}
 
 
@@ -255,7 +274,7 @@ def observe(network: nn.Module, batches: Sequence[Tensor], seed: int) -> dict[st
 
 
 @torch.no_grad()
-def correct_biases(network: nn.Module, batches: Sequence[Tensor], observed: dict[str, Observed]) -> None:
+def correct_biases(network: nn.Module, calibration: Calibration) -> None:
     """Let every bias take up the mean error of its layer's outputs, in one pass over the batches.
 
     A layer is corrected before the next one computes, so that each sees what the corrected ones before it give. The
@@ -265,11 +284,11 @@ def correct_biases(network: nn.Module, batches: Sequence[Tensor], observed: dict
     def correct(step: int, name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
         if layer.bias is None:
             return None
-        error = (observed[name].means[step] - _channel_means(output)) / (step + 1)
+        error = (calibration.observed[name].means[step] - _channel_means(output)) / (step + 1)
         layer.bias += error
         return output + error.view(1, -1, *(1,) * (output.dim() - 2))
 
-    for step, x in enumerate(batches):
+    for step, x in enumerate(calibration.batches):
         with _hooked(network, partial(correct, step)):
             network(x)
 
