@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.engine.cli import Config, Parser
+from common.engine.cli import Config, Parser, Switch, integer, number
 from common.recipes.flags import full_precision_search_parser, resolve_search, run_program
 
 PROG = "darts/search.py"
@@ -37,6 +37,13 @@ def make_parser() -> Parser:
     """The flags, with the defaults of DARTS."""
     parser = full_precision_search_parser(PROG, __doc__)
     parser.set_defaults(method="darts", second_order="finite-difference", **DARTS)
+    add = parser.group("collapse").add_argument
+    watch = "log the dominant eigenvalue of the validation loss's Hessian in alpha after every epoch"
+    add("--track-eigenvalue", action=Switch, default=False, help=watch)
+    skips = "stop after the first epoch of architecture steps whose normal cell has N skip connections (DARTS+)"
+    add("--early-stop-skips", type=integer(1), metavar="N", help=skips)
+    decay = "beta-DARTS: weight of Beta-Decay at the end, rising from 0 (the authors: 50)"
+    add("--beta-decay", type=number(0), default=0.0, metavar="W", help=decay)
     return parser
 
 
@@ -51,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from common.recipes.search import run_search
+        from darts.collapse import hooks_of
 
-        run_search(config, method="darts")
+        run_search(config, method="darts", hooks=hooks_of(config))
 
     return run_program(work, PROG)
 

@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = resolve_search(full_precision_search_parser(PROG, __doc__), sys.argv[1:] if argv is None else argv)
 
     def work() -> None:
-        from common.recipes.search import run_search
+        from common.recipes.search import SearchHooks, run_search
 
-        run_search(config, method="fbqat")
+        run_search(config, method="fbqat", hooks=SearchHooks(train_flags=("--fixed_bit", "4")))
 
     return run_program(work, PROG)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,20 @@ def _find(spec: str, source: str) -> tuple[Callable[..., Any], str]:
     if not file or not attribute:
         raise ValueError(f"{source}: expected file.py:function")
     path = Path(file).expanduser().resolve()
+    module = import_file(path, source)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise ValueError(f"{source}: {path} has no function {attribute!r} (it has: {', '.join(known) or 'none'})")
+    return function, path.stem
+
+
+def import_file(path: Path, source: str) -> ModuleType:
+    """Run a user's Python file and give its module; ValueError, beginning with `source`, when that fails."""
     if not path.is_file():
         raise ValueError(f"{source}: no such file: {path}")
     # A name of its own, so that two files called data.py do not meet in sys.modules.
-    module_name = f"own_data_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    module_name = f"own_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     found = importlib.util.spec_from_file_location(module_name, path)
     if found is None or found.loader is None:
         raise ValueError(f"{source}: {path} is not a Python file")
@@ -69,11 +80,7 @@ def _find(spec: str, source: str) -> tuple[Callable[..., Any], str]:
     except Exception as error:  # the user's own code, as above
         del sys.modules[module_name]
         raise ValueError(f"{source}: importing failed: {type(error).__name__}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise ValueError(f"{source}: {path} has no function {attribute!r} (it has: {', '.join(known) or 'none'})")
-    return function, path.stem
+    return module
 
 
 def _from_arrays(arrays: Any, name: str, source: str) -> ImageData:

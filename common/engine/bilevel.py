@@ -125,9 +125,7 @@ class _InnerStep:
         self.valid_objective = valid_objective
         self.parameters = [p for group in groups for p in group.parameters]
         self.rates = [group.learning_rate for group in groups for _ in group.parameters]
-        self.rate0 = self.rates[0]
-        if not self.rate0 > 0:
-            raise ValueError(f"the second order needs a positive weight learning rate, not {self.rate0}")
+        self.rate0 = self.rates[0] or max(self.rates)  # 0: the step goes nowhere, and the first order is left
 
     @torch.no_grad()
     def ahead(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -168,6 +166,8 @@ def _finite_difference(
     _average(gradients)
     with step.at(step.ahead(gradients)):
         loss, d_arch, v = _both(step.valid_objective(*valid_batch), arch, step.parameters)
+    if not step.rate0:
+        return loss, d_arch
 
     # u folds unequal learning rates into one direction, so that one R and one factor rate0 serve all groups.
     moving = [i for i, g in enumerate(v) if g is not None]

@@ -70,14 +70,17 @@ class _Identity:
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
 
     def difference(self, saved: Mapping[str, Any]) -> list[str]:
-        """`key: old -> new` for every key that matters and differs from a saved config.json."""
+        """`key: old -> new` for every key that matters and differs from a saved config.json.
+
+        None is the same as not there: a flag that came later, and is not used, leaves an older run its own.
+        """
         old = {key: saved.get(key) for key in ("method", "stage", "dataset", "seed")}
         old |= {key: value for key, value in saved["config"].items() if key not in self.volatile}
         new = self.fields()
         lines = []
         for key in sorted({*old, *new}):
-            before, after = (json.dumps(side[key]) if key in side else "(not there)" for side in (old, new))
-            if before != after:
+            if json.dumps(old.get(key)) != json.dumps(new.get(key)):
+                before, after = (json.dumps(side[key]) if key in side else "(not there)" for side in (old, new))
                 lines.append(f"{key}: {before} -> {after}")
         return lines
 

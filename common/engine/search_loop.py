@@ -32,6 +32,7 @@ from common.engine.seeding import rng_state, set_rng_state
 GAMMA_LEVELS = ("lower", "upper")
 
 Term = Callable[[nn.Module], Tensor]
+OnEpoch = Callable[[int, dict[str, float]], bool | None]
 
 
 @dataclass(kw_only=True)
@@ -79,8 +80,6 @@ class SearchSettings:
             problems.append(f"order {self.order!r}: choose one of {', '.join(ORDERS)}")
         if self.gamma_level not in GAMMA_LEVELS:
             problems.append(f"gamma level {self.gamma_level!r}: choose one of {', '.join(GAMMA_LEVELS)}")
-        if self.order != "first" and not self.learning_rate > 0:
-            problems.append(f"learning rate {self.learning_rate}: the second order needs one above 0")
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
@@ -97,6 +96,7 @@ class SearchOutcome:
     epochs: int
     steps: int
     summary: dict[str, float]
+    stopped_early: bool = False
 
 
 class Objective(nn.Module):
@@ -156,6 +156,7 @@ class SearchLoop:
         self.device = self.weights[0].device
         self.epoch = self.step = 0
         self.summary: dict[str, float] = {}
+        self.stopped_early = False
         # Sums of this epoch's training: loss, correct, images.
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.guard = FiniteGuard(self.device)
@@ -278,17 +279,20 @@ class SearchLoop:
     def run(
         self,
         run: RunLike | None = None,
-        on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+        on_epoch: OnEpoch | None = None,
         on_step: Callable[[int], None] | None = None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        on_start: Callable[[int], None] | None = None,
     ) -> SearchOutcome:
         """All epochs that are left; see :func:`search`."""
         log = run.log if run is not None else say
         eta = Eta(self.settings.epochs, done=self.epoch)
         self._saved_at = time.monotonic()
-        while self.epoch < self.settings.epochs:
+        while self.epoch < self.settings.epochs and not self.stopped_early:
             started, first = time.monotonic(), self.step
             self.start_epoch()
+            if on_start is not None:
+                on_start(self.epoch)
             self.model.train()
             label = f"search {self.epoch + 1}/{self.settings.epochs}"
             for step in progress(range(first, self.steps), total=self.steps, label=label, start=first):
@@ -303,13 +307,14 @@ class SearchLoop:
             self._end_epoch(run, evaluate, on_epoch, started, self.steps - first)
             eta.step()
             log(f"epoch {self.epoch}/{self.settings.epochs} done, {eta.text()}")
-        return SearchOutcome(self.model.genotype(), self.epoch, self.global_step, dict(self.summary))
+        genotype = self.model.genotype()
+        return SearchOutcome(genotype, self.epoch, self.global_step, dict(self.summary), self.stopped_early)
 
     def _end_epoch(
         self,
         run: RunLike | None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None,
-        on_epoch: Callable[[int, dict[str, float]], None] | None,
+        on_epoch: OnEpoch | None,
         started: float,
         steps: int,
     ) -> None:
@@ -329,7 +334,7 @@ class SearchLoop:
             self.model.train()
         self.summary["seconds"] = time.monotonic() - started
         if on_epoch is not None:
-            on_epoch(self.epoch, dict(self.summary))
+            self.stopped_early = bool(on_epoch(self.epoch, dict(self.summary)))
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
         self.guard.end_of_step(count=False)
@@ -355,6 +360,7 @@ class SearchLoop:
             "steps_per_epoch": self.steps,
             "totals": self.totals,
             "summary": self.summary,
+            "stopped_early": self.stopped_early,
             "rng": rng_state(),
         }
 
@@ -372,7 +378,7 @@ class SearchLoop:
             self.controller.load_state_dict(state["controller"])
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.totals.copy_(state["totals"])
-        self.summary = dict(state["summary"])
+        self.summary, self.stopped_early = dict(state["summary"]), bool(state.get("stopped_early", False))
         set_rng_state(state["rng"])
         self.guard.restart(self.global_step)
 
@@ -426,9 +432,10 @@ def search(
     weight_term: Term | None = None,
     arch_term: Term | None = None,
     run: RunLike | None = None,
-    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
     on_step: Callable[[int], None] | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    on_start: Callable[[int], None] | None = None,
     controller: nn.Module | None = None,
 ) -> SearchOutcome:
     """Search an architecture; goes on from the run's newest checkpoint where there is one.
@@ -440,8 +447,9 @@ def search(
         criterion: ``(logits, labels) -> scalar``.
         weight_term, arch_term: added to the loss of the weight step and of the architecture step.
         run: where checkpoints and log lines go; None keeps nothing.
-        on_epoch: called with (epoch from 0, its figures) before the epoch's checkpoint.
+        on_epoch: called with (epoch from 0, its figures) before the epoch's checkpoint; True ends the search there.
         on_step: called with the number of steps done.
+        on_start: called with the epoch from 0, before its first step and when a search goes on within it.
         evaluate: figures of the model in evaluation mode, added to each epoch's.
         controller: a module of buffers with ``update(model, moving)``, called after every step; it works on the
             device. Where it has a buffer ``hold`` (float32), 1 there skips the architecture's updates.
@@ -463,7 +471,7 @@ def search(
     found = run.resume_state() if run is not None else None
     if found is not None:
         loop.load_state_dict(found[0])
-    return loop.run(run, on_epoch, on_step, evaluate)
+    return loop.run(run, on_epoch, on_step, evaluate, on_start)
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -147,7 +147,8 @@ def validate_genotype(genotype: Genotype, known: Sequence[str], where: str = "ge
         for position, (primitive, state) in enumerate(pairs):
             if primitive not in known or primitive == "none":
                 raise ValueError(
-                    f"{where}.{cell}[{position}]: unknown primitive {primitive!r}; known: {', '.join(known)}"
+                    f"{where}.{cell}[{position}]: unknown primitive {primitive!r}; known: {', '.join(known)} "
+                    "(--search-space FILE.py brings in your own)"
                 )
             if not 0 <= state < 2 + position // 2:
                 raise ValueError(

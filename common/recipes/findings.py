@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from common.nets.darts_space import edge_softmax
 from common.recipes.presets import presets_for
 from common.recipes.search_setup import PreparedSearch
 from common.recipes.setup import stem_of
+from genotypes import Genotype
 
 ROOT = Path(__file__).resolve().parents[2]
 # Flags that the training shares with the search: where the data are, and what computes.
-_PLACES = ("data", "data_module", "image_size", "device", "precision")
+_PLACES = ("data", "data_module", "image_size", "search_space", "device", "precision")
 
 
 def evaluation_cost(config: Config, data: ImageData, architecture: Architecture) -> Cost:
@@ -54,6 +55,25 @@ def parameter_free_share(architecture: Architecture) -> float:
     return sum(free) / len(free)
 
 
+def skip_shares(architecture: Architecture) -> dict[str, float]:
+    """Share of skip connections among the operations of both cells, and of each: where a search collapses, it grows."""
+    cells = {"normal": architecture.genotype.normal, "reduce": architecture.genotype.reduce}
+    skips = {kind: sum(name == "skip_connect" for name, _ in pairs) for kind, pairs in cells.items()}
+    shares = {f"skip_share_{kind}": skips[kind] / len(pairs) for kind, pairs in cells.items()}
+    return {"skip_share": sum(skips.values()) / sum(map(len, cells.values())), **shares}
+
+
+def collapse_warning(row: dict[str, Any]) -> str | None:
+    """What is said of a normal cell half of whose operations, or more, are skip connections; else None."""
+    share, count = row["skip_share_normal"], len(row["genotype"]["normal"])
+    if row["alphas"] is None or share < 0.5:
+        return None
+    return (
+        f"warning: {round(share * count)} of {count} operations of the normal cell are skip connections: the search "
+        "has collapsed, as differentiable searches do, and such cells train badly; try fewer epochs or another seed"
+    )
+
+
 @torch.no_grad()
 def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, Any]:
     """A line of history.jsonl: what the search would give now, and how sure it is. Free of clock and machine."""
@@ -73,6 +93,7 @@ def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, 
         "alpha_entropy": _entropy(alphas),
         "gamma_entropy": _entropy(model.gammas),
         "parameter_free_share": parameter_free_share(architecture),
+        **skip_shares(architecture),
         "alphas": {kind: _rounded(logits.softmax(-1)) for kind, logits in alphas.items()} or None,
         "betas": {kind: _rounded(edge_softmax(logits, model.nodes)) for kind, logits in betas.items()} or None,
         # The mean probability of each bit-width, by kind of cell and operand.
@@ -113,7 +134,8 @@ def epoch_text(row: dict[str, Any]) -> str:
             f"  train loss {row['train_loss']:.4f}, top-1 {_percent(row, 'train')}{valid}",
             f"  BitOps expected {row['expected_bitops'] / 1e9:.4g} G, exact {row['exact_bitops'] / 1e9:.4g} G "
             f"({row['exact_bitops_quantized'] / 1e9:.4g} G in quantised layers); "
-            f"{row['parameter_free_share']:.0%} of the operations without parameters",
+            f"{row['parameter_free_share']:.0%} of the operations without parameters, "
+            f"{row['skip_share']:.0%} skip connections ({row['skip_share_normal']:.0%} of the normal cell)",
             f"  entropy {', '.join(entropies)}",
         ]
     )
@@ -130,14 +152,23 @@ def _pairs(pairs: list[list[Any]]) -> str:
     return " ".join(f"{name}:{state}" for name, state in pairs)
 
 
-def train_command(config: Config, method: str, folder: Path) -> str:
+def genotype_text(genotype: Genotype) -> str:
+    """A genotype in one line, as the papers' logs print it."""
+    cells = []
+    for kind in ("normal", "reduce"):
+        concat = getattr(genotype, f"{kind}_concat")
+        cells.append(f"{kind}={list(getattr(genotype, kind))}, {kind}_concat=range({concat[0]}, {concat[-1] + 1})")
+    return f"Genotype({', '.join(cells)})"
+
+
+def train_command(config: Config, method: str, folder: Path, more: Sequence[str] = ()) -> str:
     """The command that trains what was found, as typed in the present folder."""
     flags = ["--arch", os.path.relpath(folder), "--dataset", config.dataset]
     if config.preset:
         flags = ["--preset", config.preset, *flags]
     flags += ["--init-channels", str(config.eval_init_channels), "--layers", str(config.eval_layers)]
     defaults = {"stem": "auto", "scheme": "default", "stem_bits": 32, "classifier_bits": 32, "bit_mapping": "relative"}
-    defaults |= {"data": None, "data_module": None, "image_size": None, "device": "auto", "precision": "fp32"}
+    defaults |= {**dict.fromkeys(_PLACES), "device": "auto", "precision": "fp32"}
     defaults |= presets_for("train").get(config.preset or "", {})  # train.py will take them from the preset
     for name in ("stem", "scheme", "stem_bits", "classifier_bits", "bit_mapping", *_PLACES):
         value = getattr(config, name)
@@ -145,4 +176,4 @@ def train_command(config: Config, method: str, folder: Path) -> str:
             flags += [f"--{name.replace('_', '-')}", str(value)]
     if config.signed_activations:
         flags.append("--signed-activations")
-    return shlex.join(["python", os.path.relpath(ROOT / method / "train.py"), *flags])
+    return shlex.join(["python", os.path.relpath(ROOT / method / "train.py"), *flags, *more])

@@ -88,8 +88,8 @@ def resolve_training(
         parser,
         argv,
         presets=presets_for("train", presets),
-        derive=[*derive, cli.derive_train],
-        validate=[*validate, cli.check_train, check_data, check_architecture],
+        derive=[derive_search_space, *derive, cli.derive_train],
+        validate=[*validate, cli.check_train, check_data, check_search_space, check_architecture],
     )
 
 
@@ -106,8 +106,8 @@ def resolve_search(
         parser,
         argv,
         presets=presets_for("search", presets),
-        derive=[*derive, cli.derive_search],
-        validate=[*validate, cli.check_search, check_data],
+        derive=[derive_search_space, *derive, cli.derive_search],
+        validate=[*validate, cli.check_search, check_data, check_search_space],
     )
 
 
@@ -121,6 +121,33 @@ def check_data(config: Config) -> list[str]:
         config.dataset = canonical_name(config.dataset)
     except ValueError as error:
         return [str(error)]
+    return []
+
+
+def derive_search_space(config: Config) -> dict[str, Any]:
+    """The digest of --search-space, which belongs to what a run computes; its operations are known from here on."""
+    return {} if check_search_space(config) or config.search_space is None else {"search_space_digest": _digest(config)}
+
+
+def _digest(config: Config) -> str:
+    from common.recipes.own_space import load_search_space
+
+    return load_search_space(config.search_space).digest
+
+
+def check_search_space(config: Config) -> list[str]:
+    """Whether --search-space can be used; own operations are searched in full precision only."""
+    if config.search_space is None:
+        return []
+    from common.recipes.own_space import load_search_space
+
+    try:
+        space = load_search_space(config.search_space)
+    except ValueError as error:
+        return [str(error)]
+    bits = getattr(config, "bits", None)
+    if space.own and bits and list(bits) != [32]:
+        return [f"--search-space: no bits are searched for {space.own[0]}, an operation of your own; give --bits none"]
     return []
 
 
@@ -141,10 +168,12 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
     0: done. 2: something that was given is wrong (ValueError). 1: the disk or the network refused, or the training
     left the finite numbers. 130: interrupted; 141: the reader of our output went away.
     """
+    from common.engine import distributed
     from common.engine.guard import NonFiniteError
 
     try:
         main()
+        distributed.leave()
     except ValueError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

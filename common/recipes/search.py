@@ -23,7 +23,14 @@ from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
 from common.engine.search_loop import SearchLoop, SearchOutcome, Term, search
 from common.nets import Architecture, Supernet, genotype_to_json
-from common.recipes.findings import collapse_warning, epoch_row, epoch_text, evaluation_cost, train_command
+from common.recipes.findings import (
+    collapse_warning,
+    epoch_row,
+    epoch_text,
+    evaluation_cost,
+    genotype_text,
+    train_command,
+)
 from common.recipes.search_setup import PreparedSearch, prepare_search
 from common.recipes.setup import open_run
 from common.recipes.trained import EVALUATION_BATCH, cost_text, evaluate_network
@@ -108,11 +115,8 @@ def _evaluate(prepared: PreparedSearch, model: nn.Module) -> dict[str, float]:
     return {"valid_loss": found["loss"], "valid_top1": found["top1"]}
 
 
-def _record(
-    run: Run, prepared: PreparedSearch, hooks: SearchHooks, epoch: int, figures: dict[str, float]
-) -> bool:
-    """An epoch's rows: history.jsonl, metrics.csv (with rates and times), the lines on stdout. Whether it is the last.
-    """
+def _record(run: Run, prepared: PreparedSearch, hooks: SearchHooks, epoch: int, figures: dict[str, float]) -> bool:
+    """An epoch's rows: history.jsonl, metrics.csv (with rates and times), stdout. Whether the search ends here."""
     more = hooks.figures(prepared) if hooks.figures is not None else {}
     row = epoch_row(prepared, figures) | more
     run.history(row, epoch=epoch)
@@ -147,7 +151,7 @@ def _conclude(
     _draw(run, architecture)
     row = epoch_row(prepared, summary)
     command = train_command(config, method, run.folder, hooks.train_flags)
-    run.log(f"genotype = {architecture.genotype}")
+    run.log(f"genotype = {genotype_text(architecture.genotype)}")
     if warning := collapse_warning(row):
         run.log(warning)
     steered = float(prepared.cost.exact(model))
@@ -161,7 +165,7 @@ def _conclude(
         )
     found = evaluation_cost(config, data, architecture)
     run.log(f"found network: {cost_text(found)}\ntrain it:\n  {command}")
-    same = ("exact_bitops", "exact_bitops_quantized", "exact_bitops_paper", "expected_bitops", "parameter_free_share", "skip_share")
+    same = ("exact_bitops", "exact_bitops_quantized", "exact_bitops_paper", "expected_bitops")
     return {
         "epochs": outcome.epochs,
         "steps": outcome.steps,
@@ -169,7 +173,7 @@ def _conclude(
         "n_train": len(data.train),
         "metrics": {key: summary.get(key) for key in ("train_loss", "train_top1", "valid_loss", "valid_top1")},
         "genotype": genotype_to_json(architecture.genotype),
-        **{key: row[key] for key in same},
+        **{key: row[key] for key in (*same, "parameter_free_share", "skip_share")},
         "steered_bitops": steered,
         "target_bitops": config.target_bitops,
         "target_reached": reached,

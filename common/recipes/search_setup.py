@@ -18,7 +18,9 @@ from common.engine import CheckpointStore, read_json, seed_everything
 from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import Supernet, build_supernet
-from common.recipes.setup import load_data, prepare_torch, shorten, stem_of
+from common.recipes.own_space import load_search_space
+from common.recipes.setup import load_data, prepare_torch, share, shorten, stem_of
+from genotypes import PRIMITIVES
 
 
 @dataclass
@@ -67,6 +69,7 @@ def prepare_search(config: Config, supernet: Callable[..., Supernet] | None = No
         multiplier=config.multiplier,
         signed_activations=config.signed_activations,
         bit_mapping=config.bit_mapping,
+        primitives=load_search_space(config.search_space).primitives if config.search_space else PRIMITIVES,
     )
     notes = [_start_from(model, config.init_from)] if getattr(config, "init_from", None) else []
     cost = ExpectedCost(
@@ -106,6 +109,7 @@ def _loop_arguments(
             augment=True,
             cutout=config.cutout_length if config.cutout else None,
             device=device,
+            **share(),
         )
         for name, indices in zip(("search-train", "search-valid"), parts, strict=True)
     ]
