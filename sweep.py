@@ -3,11 +3,11 @@
 """Many runs from one command: a plan of jobs that wait for each other, or a grid of flags and seeds.
 
     python sweep.py scripts/plans/table1_cifar10.json --size smoke --seeds 0 1 --jobs 2
-    python sweep.py --grid learning-rate=.05,.1 --grid epochs=20,40 --seeds 0 1 2 -- python qdarts/train.py --arch PC_DARTS
+    python sweep.py --grid learning-rate=.05,.1 --seeds 0 1 2 -- python qdarts/train.py --arch PC_DARTS
 
 A job's id is the digest of its command. Finished jobs are skipped, interrupted ones go on, failed ones are tried once
-more and named at the end. Ctrl-C stops everything in good order; the same command goes on. Exit code: 0 all done, 1 some
-failed, 2 the plan or a flag is wrong, 130 interrupted. docs/sweep.md has the format of a plan.
+more and named at the end. Ctrl-C stops everything in good order; the same command goes on. Exit code: 0 all done,
+1 some failed, 2 the plan or a flag is wrong, 130 interrupted. docs/sweep.md has the format of a plan.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from common.engine.plans import Plan, Value, grid_plan, read_plan, select
 from common.engine.progress import duration
 
 PROG = "sweep.py"
+REPORT_SECONDS = 120
 
 
 def parser() -> Parser:
@@ -70,8 +71,9 @@ def make_plan(config: Config, command: Sequence[str] | None) -> Plan:
 def check_programs(jobs: Sequence[Job]) -> None:
     """Every Python file in front of a command exists. Raises ValueError before anything has started."""
     for job in jobs:
-        if job.command[0] == "python" and job.command[1].endswith(".py") and not Path(job.command[1]).is_file():
-            raise ValueError(f"job {job.name}: there is no {job.command[1]} here; start in the project's root")
+        for program in job.command[1:2] if job.command[0] == "python" else ():
+            if program.endswith(".py") and not Path(program).is_file():
+                raise ValueError(f"job {job.name}: there is no {program} here; start in the project's root")
 
 
 class Screen:
@@ -160,13 +162,16 @@ class Tables:
         self.stale = False
         seeds = sorted(int(name) for name in (path.name[1:] for path in self.store.out.glob("s*")) if name.isdigit())
         jobs = self.plan.jobs(seeds, self.values)
-        # rows of one kind together, as the plan lists them
         rows = [job.folder for job in jobs if job.row and self.store.is_done(job)]
         for command in self.plan.reports(rows, self.values) if rows else []:
             words = [sys.executable, *command[1:]] if command[0] == "python" else command
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{PROG}: {shlex.join(command)[:100]} ...: {done.stderr.strip()[-500:]}", file=sys.stderr)
+            try:
+                done = subprocess.run(words, capture_output=True, text=True, timeout=REPORT_SECONDS)
+                problem = done.stderr.strip()[-500:] if done.returncode else ""
+            except subprocess.TimeoutExpired:
+                problem = f"took more than {REPORT_SECONDS} s"
+            if problem:
+                print(f"{PROG}: {shlex.join(command)[:100]} ...: {problem}", file=sys.stderr)
 
 
 def sweep(plan: Plan, values: Mapping[str, Value], jobs: Sequence[Job], config: Config) -> int:

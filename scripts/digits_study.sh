@@ -39,22 +39,19 @@ fi
 
 if [ "$only" != quickstart ]; then
     # 1e-5 is the default: a tenth of --complexity-decay 1e-4
-    for decay in 0 1e-5 1e-4; do
-        for seed in $seeds; do
-            python qdarts/search.py --preset quickstart --seed "$seed" --arch-complexity-decay "$decay" \
-                --save "$out/share/decay-$decay-s$seed" --resume auto
-        done
-    done
-    python - "$out"/share/decay-*-s* > results/parameter_free_share.csv <<'PY'
+    # shellcheck disable=SC2086  # a list on purpose
+    python sweep.py --grid arch-complexity-decay=0,1e-5,1e-4 --seeds $seeds --out "$out/share" -- \
+        python qdarts/search.py --preset quickstart
+    python - "$out"/share/s*/arch-complexity-decay-* > results/parameter_free_share.csv <<'PY'
 import json, sys
 from pathlib import Path
 
 print("arch_complexity_decay,seed,parameter_free_share,exact_bitops,exact_bitops_quantized,valid_top1")
-for folder in map(Path, sys.argv[1:]):
+folders = [(float(path.name.removeprefix("arch-complexity-decay-")), int(path.parent.name[1:]), path) for path in map(Path, sys.argv[1:])]
+for decay, seed, folder in sorted(folders):
     result = json.loads((folder / "result.json").read_text())
-    decay, seed = folder.name.removeprefix("decay-").rsplit("-s", 1)
     figures = [result["parameter_free_share"], result["exact_bitops"], result["exact_bitops_quantized"], result["metrics"]["valid_top1"]]
-    print(decay, seed, *(f"{f:.6g}" for f in figures), sep=",")
+    print(f"{decay:g}", seed, *(f"{f:.6g}" for f in figures), sep=",")
 PY
     cat results/parameter_free_share.csv
 fi

@@ -42,11 +42,10 @@ bash "$ROOT/scripts/setup.sh"
 # From here on `python` is the project's own, and paths are relative to its root.
 cd "$ROOT"
 export PATH=$ROOT/.venv/bin:$PATH
-out=${out#"$ROOT"/}/s$seed
+base=${out#"$ROOT"/}
+out=$base/s$seed
 mkdir -p "$out"
 
-step() { printf '\n[%s/6] %s   (%d:%02d since the start)\n' "$1" "$2" $((SECONDS / 60)) $((SECONDS % 60)); }
-run() { printf '$ %s\n' "$*"; "$@"; }
 # The sizes stand in the training preset and nowhere else.
 preset=$(python qdarts/train.py --preset "$size" --print-config)
 preset() { awk -v key="$1" '$1 == key {print $2}' <<<"$preset"; }
@@ -59,32 +58,19 @@ Quickstart, seed $seed: one search and four trainings on handwritten digits (143
 $length. Every step shows its own remaining time; stop it at any time,
 the same command goes on. Everything is kept in $out
   1 search cells and bit-widths together, within 10% of the BitOps of the 2-bit PC-DARTS network
-  2 train what was found          3-5 train PC-DARTS at 32, 2 and 4 bits, same size          6 table and drawing
+  2 train what was found          3-5 train PC-DARTS at 32, 2 and 4 bits, same size          then table and drawing
 TEXT
 SECONDS=0
-
-step 1 "search"
 channels=$(preset init_channels)
 layers=$(preset layers)
 target=$(python -m common.cost PC_DARTS --dataset digits --init-channels "$channels" --layers "$layers" --wbits 2 --abits 2 --json |
     python -c 'import json, sys; print(int(json.load(sys.stdin)["bitops"]))')
 echo "target: $target BitOps, those of PC-DARTS at 2 bits"
-run python qdarts/search.py --preset "$size" --seed "$seed" --target-bitops "$target" --save "$out/search" --resume auto
+python sweep.py scripts/plans/quickstart.json --size "$size" --seeds "$seed" --out "$base" --set target="$target" --follow
 
-step 2 "train what was found"
-run python qdarts/train.py --preset "$size" --seed "$seed" --arch "$out/search" --save "$out/found" --resume auto
-
-step 3 "train PC-DARTS in full precision"
-run python qdarts/train.py --preset "$size" --seed "$seed" --arch PC_DARTS --save "$out/pcdarts-fp32" --resume auto
-
-step 4 "train PC-DARTS at 2 bits"
-run python qdarts/train.py --preset "$size" --seed "$seed" --arch PC_DARTS --wbits 2 --abits 2 --save "$out/pcdarts-2bit" --resume auto
-
-step 5 "train PC-DARTS at 4 bits"
-run python qdarts/train.py --preset "$size" --seed "$seed" --arch PC_DARTS --wbits 4 --abits 4 --save "$out/pcdarts-4bit" --resume auto
-
-step 6 "table and drawing"
-run python visualize.py "$out/search"
+printf '\nTable and drawing   (%d:%02d since the start)\n' $((SECONDS / 60)) $((SECONDS % 60))
+printf '$ python visualize.py %s\n' "$out/search"
+python visualize.py "$out/search"
 runs=("$out/found" "$out/pcdarts-fp32" "$out/pcdarts-2bit" "$out/pcdarts-4bit")
 printf '$ python report.py %s\n\n' "${runs[*]}"
 python report.py "${runs[@]}" | tee "$out/table.md"

@@ -95,8 +95,9 @@ class JobStore:
         write_json(self.folder / f"{job.id}.json", entry)
 
     def is_done(self, job: Job) -> bool:
-        """Whether the job has finished and its folder is still there."""
-        return self.read(job).get("state") == DONE and job.folder.is_dir()
+        """Whether the job has finished and the folder that its command names is still there."""
+        writes = any(str(job.folder) in word for word in job.command)
+        return self.read(job).get("state") == DONE and (job.folder.is_dir() or not writes)
 
     def seconds(self, job: Job) -> float:
         """Time spent on the job so far."""

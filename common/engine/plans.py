@@ -22,6 +22,7 @@ from common.engine.jobs import Job
 Value = str | list[str]
 _VARIABLE = re.compile(r"\{([A-Za-z][\w-]*)\}")
 _FOLDER = re.compile(r"\{dir:([^{}]+)\}")
+_NEEDED = ("name", "method")
 _RESERVED = ("seed", "out", "size", "dir", "rows")
 
 
@@ -68,7 +69,12 @@ class Plan:
 
     def jobs(self, seeds: Sequence[int], values: Mapping[str, Value]) -> list[Job]:
         """The jobs of every seed, in the plan's order. Raises ValueError that names the job and what is wrong."""
-        return [job for seed in seeds for job in self._of_seed(seed, values)]
+        jobs = [job for seed in seeds for job in self._of_seed(seed, values)]
+        first: dict[tuple[str, ...], Job] = {}
+        for job in jobs:
+            if (other := first.setdefault(job.command, job)) is not job:
+                raise ValueError(f"{self.path}: {other.key} and {job.key} have the same command; put {{dir}} into it")
+        return jobs
 
     def _of_seed(self, seed: int, values: Mapping[str, Value]) -> list[Job]:
         jobs: dict[str, Job] = {}
@@ -257,10 +263,9 @@ def grid_plan(command: Sequence[str], grid: Mapping[str, Value], seeds: Sequence
         words += ["--save", "{dir}", "--resume", "auto"]
     setting = " ".join(f"{name}={{{name}}}" for name in grid)
     name = "_".join(f"{name}-{{{name}}}" for name in grid) or "run"
-    method = Path(next((word for word in command if word.endswith(".py")), command[0])).parent.name
-    return Plan(
-        path, (Template(name, tuple(words), method or command[0], setting, row=True, grid=grid),), seeds=tuple(seeds)
-    )
+    program = next((word for word in command if word.endswith(".py")), command[0])
+    template = Template(name, tuple(words), Path(program).parent.name or program, setting, row=True, grid=grid)
+    return Plan(path, (template,), seeds=tuple(seeds))
 
 
 def _template(data: Any, where: str) -> Template:

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What the scripts of tables have in common: one plan of scripts/plans, run by sweep.py.
+#
+#   bash scripts/run_plan.sh NAME [--size SIZE] [--seeds "0 1 2"] [--data DIR] [--jobs N] [--only NAMES] [--out DIR]
+#                            [--results DIR] [--dry-run]
+#
+#   NAME           of the plan, and of the script whose help is shown
+#   --size SIZE    one of the plan's sizes (default: its first)
+#   --seeds LIST   seeds of everything random (default: the plan's)
+#   --data DIR     where the data lie, or are downloaded to
+#   --jobs N       processes at a time (default 1)
+#   --only NAMES   some methods or jobs only, with what they wait for
+#   --out DIR      where the runs go (default runs/NAME-SIZE)
+#   --results DIR  where the tables to be kept go (default results; with --size smoke the folder of --out)
+#   --dry-run      one line a job: method, setting, seed, command; nothing is run
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+name=${1-}
+fail() { printf '%s: %s\n' "${name:-run_plan}" "$*" >&2; exit 2; }
+absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
+show_help() { sed -n '4,${/^#/!q; s/^# \{0,1\}//p}' "$1"; exit 0; }
+case $name in "" | -h | --help) show_help "${BASH_SOURCE[0]}" ;; esac
+plan=$ROOT/scripts/plans/$name.json
+[ -f "$plan" ] || fail "there is no plan $plan"
+shift
+
+size="" seeds="" data="" jobs=1 only="" out="" results="" dry=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) show_help "$ROOT/scripts/$name.sh" ;;
+        --dry-run) dry=--dry-run; shift ;;
+        --size | --seeds | --data | --jobs | --only | --out | --results)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            case $1 in
+                --data | --out | --results) declare "${1#--}=$(absolute "$2")" ;;
+                *) declare "${1#--}=$2" ;;
+            esac
+            shift 2 ;;
+        *) fail "unknown argument '$1'; see --help" ;;
+    esac
+done
+
+cd "$ROOT"
+# Reading the plan takes no more than a Python; running it takes the project's own environment.
+[ -n "$dry" ] || bash scripts/setup.sh
+export PATH=$ROOT/.venv/bin:$PATH
+python=$(command -v python || command -v python3) || fail "there is no Python; bash scripts/setup.sh says what to do"
+size=${size:-paper}
+out=${out:-runs/${name/_cifar10/}-$size}
+out=${out#"$ROOT"/}
+if [ -z "$results" ]; then results=results; [ "$size" != smoke ] || results=$out; fi
+[ -n "$dry" ] || mkdir -p "$results"
+# shellcheck disable=SC2086  # lists of words on purpose
+exec "$python" sweep.py "scripts/plans/$name.json" --size "$size" --jobs "$jobs" --out "$out" \
+    --set data="$data" results="$results" ${seeds:+--seeds ${seeds//,/ }} ${only:+--only ${only//,/ }} $dry
