@@ -47,12 +47,16 @@ class Stream:
         cutout: int | None = None,
         drop_last: bool = True,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         """indices: int64, the part of `split` to draw from (None: all). augment: pad-crop and mirror as `info` says.
 
         cutout: side of the square, in pixels (None or 0: off), also without `augment`. drop_last: leave out the last
         incomplete batch of an epoch (another one each epoch, since the order changes); fewer images than one batch
-        then fill it by starting over. Raises ValueError for a batch size or cutout below its least value.
+        then fill it by starting over. rank of ranks: the processes that share an epoch; a step takes `ranks` batches of
+        the one order, the first for rank 0, so that together they see what one process sees at `ranks` x batch_size.
+        Raises ValueError for a batch size or cutout below its least value.
         """
         if batch_size < 1:
             raise ValueError(f"--batch-size {batch_size}: must be at least 1")
@@ -66,13 +70,15 @@ class Stream:
         self._augment, self._cutout = augment, cutout or 0
         self._normalize = Normalizer(info.mean, info.std, device)
         self._cached: tuple[int, _Plan] | None = None
-        count = len(self._indices)
-        short = drop_last and count < batch_size
-        self._length = batch_size if short else count // batch_size * batch_size if drop_last else count
-        self.steps_per_epoch: int = -(-self._length // batch_size)
+        assert 0 <= rank < ranks and (drop_last or ranks == 1), "ranks share whole batches"
+        self._rank, self._ranks = rank, ranks
+        count, together = len(self._indices), batch_size * ranks
+        short = drop_last and count < together
+        self._length = together if short else count // together * together if drop_last else count
+        self.steps_per_epoch: int = -(-self._length // together)
         notes = []
         if short:
-            notes.append(f"the {name} stream has {count} images, fewer than one batch of {batch_size}: it wraps around")
+            notes.append(f"the {name} stream has {count} images, fewer than one batch of {together}: it wraps around")
         if self._cutout >= info.image_size:
             notes.append(
                 f"--cutout-length {cutout}: as large as the images ({info.image_size} pixels); many are wiped out"
@@ -88,7 +94,7 @@ class Stream:
             raise IndexError(f"step {step} of the {self._name} stream, which has {self.steps_per_epoch} per epoch")
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, self._draw(epoch))
-        start = step * self._batch_size
+        start = (step * self._ranks + self._rank) * self._batch_size
         here = slice(start, min(start + self._batch_size, self._length))
         order, top, left, flip, cut_y, cut_x = (None if t is None else t[here] for t in self._cached[1])
         assert order is not None and top is not None and left is not None

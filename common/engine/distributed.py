@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,28 @@ from torch import Tensor
 
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def launched() -> bool:
+    """Whether torchrun (or anything that sets its variables) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join(device_type: str) -> torch.device:
+    """Meet the other processes that torchrun started, and give this one's device: a GPU of its own, or the CPU."""
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not _running():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return device
+
+
+def leave() -> None:
+    """Part from the other processes, where there are any."""
+    if _running():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

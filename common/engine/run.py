@@ -251,6 +251,7 @@ class Run:
         """Write result.json, the run's last act: `result` and who, where, how long, and every artefact's path."""
         path = self.folder / RESULT
         if not self._main:
+            distributed.barrier()  # the file is there when any rank goes on
             return path
         self.log(f"finished after {duration(self.seconds)}: {path}")
         self._sync_growing()
@@ -277,6 +278,7 @@ class Run:
         }
         write_json(path, {**own, **{key: value for key, value in result.items() if key not in {*own, *end}}, **end})
         self.close()
+        distributed.barrier()
         return path
 
     def close(self) -> None:

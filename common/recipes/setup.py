@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.data import ImageData, load
-from common.engine import Run
+from common.engine import Run, distributed
 from common.engine.cli import VOLATILE, Config
 from common.engine.protocols import BatchStream
 
@@ -33,12 +33,21 @@ def shorten(stream: BatchStream, steps: int | None) -> BatchStream:
 
 
 def prepare_torch(config: Config) -> torch.device:
-    """Set --threads and say where the run computes (--device; auto: a GPU where torch sees one)."""
+    """Set --threads and say where the run computes (--device; auto: a GPU where torch sees one).
+
+    Under torchrun the processes meet here, and each computes on a GPU of its own.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return distributed.join(kind) if distributed.launched() else torch.device(kind)
+
+
+def share() -> dict[str, int]:
+    """This process's part of a stream: its rank, and how many there are."""
+    return {"rank": distributed.rank(), "ranks": distributed.world_size()}
 
 
 def load_data(config: Config, say: Callable[[str], None] = print) -> ImageData:

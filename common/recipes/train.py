@@ -24,6 +24,7 @@ from common.engine.progress import duration
 from common.engine.protocols import BatchStream
 from common.engine.train_loop import TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
+from common.recipes.matching import match_channels, matching_text
 from common.recipes.setup import load_data, open_run, prepare_torch, share, shorten, stem_of
 from common.recipes.trained import (
     EVALUATION_BATCH,
@@ -51,6 +52,8 @@ class Prepared:
     network: Network
     cost: Cost
     notes: list[str]
+    matched: dict[str, Any] | None = None
+    """How --match-bitops chose the channels."""
 
 
 # ------------------------------------------------------------------------------------------------------ preparation
@@ -88,14 +91,19 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     architecture = resolve_architecture(config)
     data = load_data(config, say)
     build = network_arguments(config, data.info)
+    matched = None
+    if config.match_bitops is not None:
+        matched = match_channels(config, architecture, build, data.info.image_size)
+        config.init_channels = build["init_channels"] = matched["channels"]
+        config.sources["init_channels"] = "derived"
     seed_everything(config.seed, deterministic=config.deterministic)
     network = build_network(architecture, **build)
     cost = network_cost(network, data.info.image_size)
-    notes = [_describe(config, architecture, data, cost)]
+    notes = [_describe(config, architecture, data, cost)] + ([matching_text(matched)] if matched else [])
     if config.init_from is not None:
         notes.append(start_from(network, config.init_from))
     network.to(device)
-    return Prepared(config, device, data.to(device), architecture, build, network, cost, notes)
+    return Prepared(config, device, data.to(device), architecture, build, network, cost, notes, matched)
 
 
 def _describe(config: Config, architecture: Architecture, data: ImageData, cost: Cost) -> str:
@@ -306,6 +314,7 @@ def _result(prepared: Prepared, epochs: int, steps: int, selected: int, row: dic
         "selected_epoch": selected,
         "n_train": len(data.train) - round(config.val_fraction * len(data.train)),
         **final,
+        "matched": prepared.matched,
         "architecture": prepared.architecture.name or config.arch,
         "search_seconds": _search_seconds(config.arch),
     }
