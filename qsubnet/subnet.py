@@ -26,7 +26,7 @@ OPERANDS = ("weight", "activation")
 
 
 class SearchedConv2d(MixedQuantConv2d):
-    """A convolution of `source`'s shape and weight that mixes `bits` by `gamma_weight` and `gamma_activation` [bits]."""
+    """A convolution with `source`'s shape and weight mixing `bits` by `gamma_weight`, `gamma_activation` [bits]."""
 
     def __init__(self, source: QuantConv2d, bits: tuple[int, ...], *, scheme: str, signed_activations: bool) -> None:
         super().__init__(

@@ -225,6 +225,10 @@ def add_train_flags(parser: Parser) -> None:
     add.value("--label-smoothing", number(0, 0.99), 0.0, "E", "of the training loss")
     add.value("--init-from", Path, None, "RUN", "start from the weights of a trained run")
     add.value("--teacher", Path, None, "RUN", "distil from a trained run")
+    matching = "channels such that quantised layers cost at most 1/F of the reference in full precision (bare: F = 18)"
+    add.value("--match-bitops", number(positive=True), None, "F", matching, nargs="?", const=18.0)
+    of = "cells of that reference, at --init-channels and --layers"
+    add.value("--match-reference", str, "PC_DARTS", "NAME|FILE|RUN", of)
     add.value("--teacher-weight", number(0, 1), 0.5, "W", "share of the distillation loss")
     temperature = "temperature of both softmaxes in it"
     add.value("--teacher-temperature --temperature", number(positive=True), 4.0, "T", temperature)
@@ -398,6 +402,8 @@ def check_train(config: Config) -> list[str]:
     for dest in ("teacher_weight", "teacher_temperature"):
         if config.explicit(dest) and config.teacher is None:
             errors.append(f"{_flag(dest)}: only has a meaning with --teacher RUN; add it or drop this")
+    if config.explicit("match_reference") and config.match_bitops is None:
+        errors.append("--match-reference: only has a meaning with --match-bitops F; add it or drop this")
     for dest in ("init_from", "teacher"):
         path = getattr(config, dest)
         if path is not None and not path.is_dir():

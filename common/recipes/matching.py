@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--match-bitops: the largest number of initial channels at which a low-bit network costs no more than a share of a
+full-precision one, so that accuracies are compared at equal cost rather than at equal size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from common.cost import network_cost
+from common.engine.cli import Config
+from common.nets import Architecture, build_network, load_architecture
+
+
+def match_channels(
+    config: Config, architecture: Architecture, build: dict[str, Any], image_size: int
+) -> dict[str, Any]:
+    """Find the channels, and what led to them, as JSON values.
+
+    The budget is the cost of `config.match_reference`'s cells in full precision, at the channels and cells of `build`
+    (keyword arguments of `build_network`), over `config.match_bitops`. Both costs are BitOps of one image in quantised
+    layers alone. Raises ValueError for an unknown reference, and when even one channel costs more.
+    """
+    try:
+        reference = load_architecture(config.match_reference).with_uniform_bits(32, 32)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--match-reference: {error}") from error
+    whole = _quantized_bitops(reference, build, image_size)
+    budget = whole / config.match_bitops
+
+    def cost_at(channels: int) -> int:
+        return _quantized_bitops(architecture, {**build, "init_channels": channels}, image_size)
+
+    channels = largest(cost_at, budget)
+    if channels is None:
+        raise ValueError(
+            f"--match-bitops {config.match_bitops:g}: {config.match_reference} at {build['init_channels']} channels "
+            f"costs {whole / 1e9:.4g} G BitOps in full precision, which leaves {budget / 1e9:.4g} G; this network "
+            f"needs {cost_at(1) / 1e9:.4g} G at a single channel. Give a smaller factor, or fewer bits"
+        )
+    return {
+        "factor": config.match_bitops,
+        "reference": config.match_reference,
+        "reference_channels": build["init_channels"],
+        "reference_bitops": whole,
+        "channels": channels,
+        "bitops": cost_at(channels),
+    }
+
+
+def largest(cost_at: Callable[[int], float], budget: float) -> int | None:
+    """The largest whole number from 1 on whose cost is within the budget; None where 1 is not. The cost must rise."""
+    fits, fails = 0, 1
+    while cost_at(fails) <= budget:
+        fits, fails = fails, 2 * fails
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if cost_at(middle) <= budget else (fits, middle)
+    return fits or None
+
+
+def matching_text(found: dict[str, Any]) -> str:
+    """One line for the user."""
+    return (
+        f"matched: {found['channels']} channels, {found['bitops'] / 1e9:.4g} G BitOps in quantised layers, within "
+        f"1/{found['factor']:g} of the {found['reference_bitops'] / 1e9:.4g} G of {found['reference']} in full "
+        f"precision at {found['reference_channels']} channels"
+    )
+
+
+def _quantized_bitops(architecture: Architecture, build: dict[str, Any], image_size: int) -> int:
+    """Nothing is computed, no random number drawn."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = build_network(architecture, **build)
+    return network_cost(network, image_size).bitops_quantized
