@@ -5,7 +5,9 @@ full-precision one, so that accuracies are compared at equal cost rather than at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,10 +33,11 @@ def match_channels(
     whole = _quantized_bitops(reference, build, image_size)
     budget = whole / config.match_bitops
 
+    @cache
     def cost_at(channels: int) -> int:
         return _quantized_bitops(architecture, {**build, "init_channels": channels}, image_size)
 
-    channels = largest(cost_at, budget)
+    channels = largest(cost_at, budget, start=build["init_channels"])
     if channels is None:
         raise ValueError(
             f"--match-bitops {config.match_bitops:g}: {config.match_reference} at {build['init_channels']} channels "
@@ -51,15 +54,16 @@ def match_channels(
     }
 
 
-def largest(cost_at: Callable[[int], float], budget: float) -> int | None:
+def largest(cost_at: Callable[[int], float], budget: float, *, start: int) -> int | None:
     """The largest whole number from 1 on whose cost is within the budget; None where 1 is not. The cost must rise."""
-    fits, fails = 0, 1
-    while cost_at(fails) <= budget:
-        fits, fails = fails, 2 * fails
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        fits, fails = (middle, fails) if cost_at(middle) <= budget else (fits, middle)
-    return fits or None
+    channels = start
+    for _ in range(3):  # the cost grows about as the square: a few evaluations in place of a search
+        channels = max(1, int(channels * math.sqrt(budget / cost_at(channels))))
+    while cost_at(channels + 1) <= budget:
+        channels += 1
+    while channels and cost_at(channels) > budget:
+        channels -= 1
+    return channels or None
 
 
 def matching_text(found: dict[str, Any]) -> str:
