@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.engine.cli import Config, Parser, Switch, integer, number
 from common.recipes.flags import full_precision_search_parser, resolve_search, run_program
+from darts.presets import PRESETS
 
 PROG = "darts/search.py"
 
@@ -54,7 +55,8 @@ def recipe_of_method(config: Config) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Search as the flags say; the exit code."""
-    config = resolve_search(make_parser(), sys.argv[1:] if argv is None else argv, derive=[recipe_of_method])
+    given = sys.argv[1:] if argv is None else argv
+    config = resolve_search(make_parser(), given, PRESETS, derive=[recipe_of_method])
 
     def work() -> None:
         from common.recipes.search import run_search

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.engine.cli import Config, Parser
 from common.recipes.flags import resolve_training, run_program, training_parser
+from darts.presets import PRESETS
 
 PROG = "darts/train.py"
 DROP_PATH = {"darts": 0.2, "pc-darts": 0.3}
@@ -39,7 +40,8 @@ def recipe_of_architecture(config: Config) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; the exit code."""
-    config = resolve_training(make_parser(), sys.argv[1:] if argv is None else argv, derive=[recipe_of_architecture])
+    given = sys.argv[1:] if argv is None else argv
+    config = resolve_training(make_parser(), given, PRESETS, derive=[recipe_of_architecture])
 
     def work() -> None:
         from common.recipes.train import run_training

@@ -42,6 +42,11 @@ def dataset_names() -> tuple[str, ...]:
 def canonical_name(name: str) -> str:
     """The registry's spelling of `name` ("CIFAR-10" is cifar10). Raises ValueError listing the names otherwise."""
     plain = name.lower().replace("-", "").replace("_", "")
+    if plain == "imagenet":
+        raise ValueError(
+            f"--dataset {name}: ImageNet is read as any folder of images, all of it held in memory: --dataset folder "
+            "--data DIR --image-size 224, with DIR/train/CLASS/* and DIR/val/CLASS/*"
+        )
     if plain not in _READERS:
         near = difflib.get_close_matches(plain, _READERS, n=2, cutoff=0.5)
         hint = f" (nearest: {', '.join(near)})" if near else ""

@@ -65,6 +65,7 @@ VOLATILE = frozenset(
     (
         *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
         *("checkpoint_minutes", "tensorboard", "workers", "data", "threads"),
+        "use_data_parallel",
         "search_space",  # a place; what the file says is in search_space_digest
     )
 )
@@ -92,11 +93,11 @@ def add_data_flags(parser: Parser, stage: str) -> None:
     """Which images, how they are augmented, how the training set is divided."""
     add = _Group(parser, "data")
     add.value("--dataset --set", str, "cifar10", "NAME", "digits, mnist, cifar10, cifar100 or folder")
-    add.value("--data", Path, None, "DIR", "where the data lie, or are downloaded to")
+    add.value("--data --data-dir", Path, None, "DIR", "where the data lie, or are downloaded to")
     add.value("--data-module", str, None, "FILE.py:FUNCTION", "data of your own: a function that gives an ImageData")
     add.value("--image-size", integer(4), None, "N", "resize to N x N pixels (default: the data set's own size)")
     add.value(
-        "--workers -j",
+        "--workers -j --num-workers",
         integer(0),
         2,
         "N",
@@ -222,7 +223,7 @@ def add_train_flags(parser: Parser) -> None:
     add.switch("--auxiliary", False, "auxiliary classifier during training")
     add.value("--auxiliary-weight", number(0), 0.4, "W", "weight of its loss")
     add.value("--drop-path-prob", number(0, 0.99), 0.3, "P", "drop path, growing linearly from 0 to P")
-    add.value("--label-smoothing", number(0, 0.99), 0.0, "E", "of the training loss")
+    add.value("--label-smoothing --label-smooth", number(0, 0.99), 0.0, "E", "of the training loss")
     add.value("--init-from", Path, None, "RUN", "start from the weights of a trained run")
     add.value("--teacher", Path, None, "RUN", "distil from a trained run")
     matching = "channels such that quantised layers cost at most 1/F of the reference in full precision (bare: F = 18)"
@@ -266,6 +267,7 @@ def add_run_flags(parser: Parser, stage: str) -> None:
     add.value("--seed", integer(0), 2 if _is_search(stage) else 0, "N", "seed of everything random")
     add.switch("--deterministic", False, "only deterministic algorithms (slower on a GPU)")
     add.choice("--device", "auto|cpu|cuda", "auto", "auto: a GPU where there is one")
+    add.switch("--use-data-parallel", False, "several GPUs; torchrun starts the processes, and is asked for otherwise")
     add.choice("--precision", "fp32|bf16", "fp32", "bf16: autocast")
     add.switch("--compile", False, "torch.compile the network")
     add.value("--threads", integer(1), None, "N", "CPU threads of torch (default: torch's choice)")

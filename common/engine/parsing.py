@@ -325,7 +325,7 @@ def resolve(
     sources = dict.fromkeys(values, "default") | dict.fromkeys(parser.fixed, "fixed")
     values |= parser.fixed
     if given.pop("list_presets", False):
-        _list_presets(presets)
+        _list_presets(presets, parser.fixed)
         parser.exit(0)
     file = given.get("config")
     from_file = _read_config(parser, Path(file), errors) if file else {}
@@ -372,10 +372,10 @@ def print_config(config: Config) -> None:
         print(f"{key:<{width}}  {value:<{value_width}}  {config.sources.get(key, 'default')}")
 
 
-def _list_presets(presets: Mapping[str, Mapping[str, Any]]) -> None:
+def _list_presets(presets: Mapping[str, Mapping[str, Any]], fixed: Mapping[str, Any]) -> None:
     for name, preset in presets.items():
         print(f"{name}: {preset.get('about', '')}")
-        rest = {key: value for key, value in preset.items() if key != "about"}
+        rest = {key: value for key, value in preset.items() if key != "about" and key not in fixed}
         for key, value in rest.items():
             print(f"    --{key.replace('_', '-')} {json.dumps(value)}")
 

@@ -7,6 +7,7 @@ Imports no torch, so that --help is quick.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -89,7 +90,14 @@ def resolve_training(
         argv,
         presets=presets_for("train", presets),
         derive=[derive_search_space, *derive, cli.derive_train],
-        validate=[*validate, cli.check_train, check_data, check_search_space, check_architecture],
+        validate=[
+            *validate,
+            cli.check_train,
+            check_data,
+            check_search_space,
+            check_architecture,
+            partial(check_launch, command=[parser.prog, *argv]),
+        ],
     )
 
 
@@ -107,8 +115,27 @@ def resolve_search(
         argv,
         presets=presets_for("search", presets),
         derive=[derive_search_space, *derive, cli.derive_search],
-        validate=[*validate, cli.check_search, check_data, check_search_space],
+        validate=[
+            *validate,
+            cli.check_search,
+            check_data,
+            check_search_space,
+            partial(check_launch, command=[parser.prog, *argv]),
+        ],
     )
+
+
+def check_launch(config: Config, command: Sequence[str]) -> list[str]:
+    """--use_data_parallel where torchrun did not start this process: the line that does what was meant."""
+    if not config.use_data_parallel or "WORLD_SIZE" in os.environ:
+        return []
+    import torch
+
+    gpus = max(1, torch.cuda.device_count())
+    return [
+        "--use-data-parallel: several processes are started by torchrun; type\n    "
+        + shlex.join(["torchrun", f"--nproc_per_node={gpus}", *command])
+    ]
 
 
 def check_data(config: Config) -> list[str]:
