@@ -12,12 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.recipes.rows import Row, data_of, differences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+    from numpy import ndarray
 
 COSTS = {
     "bitops_quantized": ("BitOps of the quantised layers", ""),
@@ -86,9 +88,9 @@ def draw_pareto(rows: Sequence[Row], cost: str, form: str) -> tuple[bytes, list[
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         _frame(axes, points, cost, rows[0])
-        _paint(axes, points)
+        lines = _paint(axes, points)
         figure.draw_without_rendering()  # sizes of texts are known only then
-        _place_names(axes, points)
+        _place_names(axes, points, lines)
         buffer = io.BytesIO()
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}[form]
         figure.savefig(buffer, format=form, dpi=2 * _PIXELS if form == "png" else _PIXELS, metadata=metadata)
@@ -135,23 +137,38 @@ def _words(differs: str) -> list[str]:
     return [word for word in dict.fromkeys(words) if word]
 
 
+def _window(points: Sequence[Point]) -> tuple[float, float]:
+    """The accuracies that the picture shows, so that the differences at the top can be seen.
+
+    A few rows (at most a third) that lie further below the others than these are apart go to the lower edge, and an
+    interval may leave the picture where it would squeeze the means together.
+    """
+    means = sorted(point.accuracy for point in points)
+    for below in range(1, len(means) // 3 + 1):
+        if means[below] - means[below - 1] > means[-1] - means[below]:
+            means = means[below:]
+            break
+    span = max(means[-1] - means[0], 1.0)
+    shown = [point for point in points if point.accuracy >= means[0]]
+    low = max(min(point.low for point in shown), means[0] - 0.6 * span)
+    high = min(max(point.high for point in shown), means[-1] + 0.6 * span, 100.0)
+    return low - 0.12 * span, high + 0.08 * span
+
+
 def _frame(axes: Axes, points: Sequence[Point], cost: str, row: Row) -> None:
-    """Axes, ticks and title. Intervals may leave the picture, where they would squeeze the means together."""
+    """Axes, ticks and title."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     title, unit = COSTS[cost]
-    costs, means = [point.cost for point in points], [point.accuracy for point in points]
-    span = max(max(means) - min(means), 1.0)
-    low = max(min(point.low for point in points), min(means) - 0.6 * span)
-    high = min(max(point.high for point in points), max(means) + 0.6 * span, 100.0)
+    costs = [point.cost for point in points]
     axes.set_xscale("log")
-    axes.set_xlim(min(costs) / 1.6, max(costs) * 1.6)
-    axes.set_ylim(low - 0.08 * span, high + 0.08 * span)
-    decades = math.log10(max(costs) / min(costs)) + 0.4
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _scaled(value) + unit))
+    axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
+    axes.set_ylim(*_window(points))
+    decades = math.log10(max(costs) / min(costs))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 4 else (1.0, 3.0) if decades > 2 else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{_scaled(value)}{unit}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    axes.grid(True, which="major", color="#E5E7EB", linewidth=0.7)
+    axes.grid(True, which="major", color="#EDEFF2", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_FAINT)
@@ -159,88 +176,104 @@ def _frame(axes: Axes, points: Sequence[Point], cost: str, row: Row) -> None:
     axes.set_xlabel(f"{title} (log scale)", color=_INK)
     axes.set_ylabel("test accuracy, %", color=_INK)
     dataset, image_size, n_test, _ = data_of(row)
-    size = f", {image_size}x{image_size}" if image_size else ""
-    axes.set_title(f"{dataset}{size}, {n_test} test images; bars: 95% intervals", loc="left", fontsize=9, color=_INK)
+    text = f"{dataset}, {image_size}x{image_size}" if image_size else dataset
+    text += f", {n_test} test images. Bars: 95% intervals; line, filled marks: no row is better at less cost"
+    if any(point.reference for point in points):
+        text += "; dotted: full precision"
+    axes.set_title(text, loc="left", fontsize=8, color=_INK)
 
 
 def _scaled(value: float) -> str:
-    """200 M for 2e8."""
-    for scale, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    """`200 M` for 2e8."""
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
-            return f"{value / scale:g}{letter}"
+            return f"{value / scale:g} {letter}"
     return f"{value:g} "
 
 
-def _paint(axes: Axes, points: Sequence[Point]) -> None:
-    """The front, the line of full precision, the intervals and the marks."""
+def _paint(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
+    """The front, the line of full precision, the intervals and the marks; returns the two lines."""
     front = pareto_front([(point.cost, point.accuracy) for point in points])
-    axes.plot(
-        [points[i].cost for i in front],
-        [points[i].accuracy for i in front],
-        color=_FAINT,
-        linewidth=1.4,
-        zorder=1,
-    )
-    references = [point.accuracy for point in points if point.reference]
-    if references:
-        axes.axhline(max(references), color=_REFERENCE, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)
+    corners = [points[index] for index in front]
+    lines = axes.plot([p.cost for p in corners], [p.accuracy for p in corners], color="#C3CAD4", linewidth=2, zorder=1)
+    if references := [point.accuracy for point in points if point.reference]:
+        lines.append(axes.axhline(max(references), color=_REFERENCE, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1))
+    floor = axes.get_ylim()[0]
     for index, point in enumerate(points):
         colour = _REFERENCE if point.reference else _COLOURS[point.method % len(_COLOURS)]
-        axes.errorbar(
+        fill = colour if index in front else "white"
+        if point.accuracy >= floor:
+            ends = [[point.accuracy - point.low], [min(point.high, 100.0) - point.accuracy]]
+            axes.errorbar(point.cost, point.accuracy, ends, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
+        axes.plot(
             point.cost,
-            point.accuracy,
-            yerr=[[point.accuracy - point.low], [point.high - point.accuracy]],
-            fmt="D" if point.reference else _MARKS[point.method % len(_MARKS)],
+            max(point.accuracy, floor),
+            marker="D" if point.reference else _MARKS[point.method % len(_MARKS)],
             color=colour,
             markersize=6.5,
-            markerfacecolor=colour if index in front else "white",
+            markerfacecolor=fill,
             markeredgewidth=1.4,
-            elinewidth=1.0,
-            capsize=2.5,
+            clip_on=False,
             zorder=3,
         )
+    return lines
 
 
-def _place_names(axes: Axes, points: Sequence[Point]) -> None:
-    """Every name beside its point, as near as it goes without covering a point, an interval or another name."""
-    from matplotlib.transforms import Bbox
+# ------------------------------------------------------------------------------------------------------ names
+# Boxes are arrays (n, 4) of left, bottom, right, top in pixels.
 
-    renderer = axes.figure.canvas.get_renderer()
+
+def _place_names(axes: Axes, points: Sequence[Point], lines: Sequence[Line2D]) -> None:
+    """Every name beside its point, as near as it goes without covering a mark, an interval, a line or another name."""
+    import numpy as np
+    from matplotlib.patheffects import Normal, Stroke
+
+    renderer, floor = axes.figure.canvas.get_renderer(), axes.get_ylim()[0]
     frame = axes.get_window_extent(renderer)
-    places = [axes.transData.transform((point.cost, point.accuracy)) for point in points]
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in places]
-    for point, (x, _) in zip(points, places, strict=True):
-        low, high = (axes.transData.transform((point.cost, end))[1] for end in (point.low, point.high))
-        taken.append(Bbox.from_extents(x - 2, max(low, frame.y0), x + 2, min(high, frame.y1)))
-    for point, (x, y) in sorted(zip(points, places, strict=True), key=lambda entry: -entry[0].accuracy):
-        text = axes.text(0, 0, point.name, fontsize=8, color=_INK, zorder=4)
+    to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
+    places = to_pixels([(point.cost, max(point.accuracy, floor)) for point in points])
+    hard = np.concatenate([places - 6, places + 6], axis=1)
+    low, high = (to_pixels([(p.cost, max(getattr(p, end), floor)) for p in points]) for end in ("low", "high"))
+    soft = np.concatenate([low - 3, high + 3], axis=1)
+    for line in lines:  # each by its own transform: the dotted one's ends are shares of the width, not costs
+        soft = np.concatenate([soft, _along(line.get_transform().transform(line.get_xydata()))])
+    halo = [Stroke(linewidth=2.5, foreground="white"), Normal()]
+    for index in sorted(range(len(points)), key=lambda i: -points[i].accuracy):
+        point, place = points[index], places[index]
+        name = point.name if point.accuracy >= floor else f"{point.name}: {point.accuracy:.1f}%"
+        text = axes.text(0, 0, name, fontsize=8, color=_INK, zorder=4, va="bottom", path_effects=halo)
         extent = text.get_window_extent(renderer)
-        box = _free_place(x, y, extent.width, extent.height, frame, taken)
-        taken.append(box)
-        text.set_position(axes.transData.inverted().transform((box.x0, box.y0 + extent.y0 * 0)))
-        text.set_verticalalignment("bottom")
-        end = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
-        if math.dist((x, y), end) > 14:  # too far to be clear without a line
-            line = axes.transData.inverted().transform([(x, y), end])
-            axes.plot(line[:, 0], line[:, 1], color=_FAINT, linewidth=0.7, zorder=2)
+        box = _free_place(place, np.array([extent.width, extent.height]), np.array(frame.extents), hard, soft)
+        hard = np.concatenate([hard, box[None]])
+        text.set_position(to_data(box[:2]))
+        end = np.clip(place, box[:2], box[2:])
+        if math.dist(place, end) > 16:  # too far to be clear without a line
+            axes.plot(*to_data([place, end]).T, color=_FAINT, linewidth=0.7, zorder=1.5)
 
 
-def _free_place(x: float, y: float, width: float, height: float, frame: Any, taken: Sequence[Any]) -> Any:
-    """The nearest place for a box (pixels) beside the point (x, y) that lies in the frame and covers nothing."""
-    from matplotlib.transforms import Bbox
+def _along(corners: ndarray) -> ndarray:
+    """Small boxes along a line through these pixels (n, 2)."""
+    import numpy as np
 
-    best = None
-    for distance in (9, 14, 20, 28, 38, 50, 64, 80, 100, 125):
-        for turn in range(16):
-            angle = math.tau * turn / 16
-            # from right to left the box's near side moves along, so that it always touches the circle
-            left = x + distance * math.cos(angle) - width * (1 - math.cos(angle)) / 2
-            bottom = y + distance * math.sin(angle) - height * (1 - math.sin(angle)) / 2
-            box = Bbox.from_bounds(left, bottom, width, height)
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 60 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            covered = sum(box.overlaps(other) for other in taken) + (0 if inside else 100)
-            if not covered:
-                return box
-            if best is None or covered < best[0]:
-                best = covered, box
-    return best[1]
+    spots = [np.linspace(start, end, 2 + int(math.dist(start, end) / 6)) for start, end in zip(corners, corners[1:])]
+    middles = np.concatenate([corners[:1], *spots])
+    return np.concatenate([middles - 2, middles + 2], axis=1)
+
+
+def _free_place(place: ndarray, size: ndarray, frame: ndarray, hard: ndarray, soft: ndarray) -> ndarray:
+    """The best box (4,) of this size (2,) around a place (2,): in the frame, over nothing hard, little soft, and near."""
+    import numpy as np
+
+    turns = np.linspace(0, math.tau, 24, endpoint=False)
+    angles, distances = (grid.ravel() for grid in np.meshgrid(turns, [9, 13, 18, 24, 32, 42, 54, 68, 84, 102]))
+    ways = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    # the side that faces the place moves along, so that the box keeps its distance
+    corners = place + distances[:, None] * ways - size * (1 - ways) / 2
+    boxes = np.concatenate([corners, corners + size], axis=1)
+
+    def covered(others: ndarray) -> ndarray:
+        apart = (boxes[:, None, :2] >= others[:, 2:]) | (boxes[:, None, 2:] <= others[:, :2])
+        return (~apart.any(-1)).sum(1)
+
+    outside = np.maximum(frame[:2] - boxes[:, :2], boxes[:, 2:] - frame[2:]).max(1).clip(min=0)
+    return boxes[np.argmin(1e4 * covered(hard) + 100 * outside + distances + 8 * covered(soft))]
