@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,12 +141,12 @@ def _words(differs: str) -> list[str]:
 def _window(points: Sequence[Point]) -> tuple[float, float]:
     """The accuracies that the picture shows, so that the differences at the top can be seen.
 
-    A few rows (at most a third) that lie further below the others than these are apart go to the lower edge, and an
-    interval may leave the picture where it would squeeze the means together.
+    A few rows (at most a third) that lie below the others by more than twice what these are apart go to the lower edge,
+    and an interval may leave the picture where it would squeeze the means together.
     """
     means = sorted(point.accuracy for point in points)
     for below in range(1, len(means) // 3 + 1):
-        if means[below] - means[below - 1] > means[-1] - means[below]:
+        if means[below] - means[below - 1] > 2 * max(means[-1] - means[below], 2.0):
             means = means[below:]
             break
     span = max(means[-1] - means[0], 1.0)
@@ -255,13 +256,13 @@ def _along(corners: ndarray) -> ndarray:
     """Small boxes along a line through these pixels (n, 2)."""
     import numpy as np
 
-    spots = [np.linspace(start, end, 2 + int(math.dist(start, end) / 6)) for start, end in zip(corners, corners[1:])]
+    spots = [np.linspace(start, end, 2 + int(math.dist(start, end) / 6)) for start, end in pairwise(corners)]
     middles = np.concatenate([corners[:1], *spots])
     return np.concatenate([middles - 2, middles + 2], axis=1)
 
 
 def _free_place(place: ndarray, size: ndarray, frame: ndarray, hard: ndarray, soft: ndarray) -> ndarray:
-    """The best box (4,) of this size (2,) around a place (2,): in the frame, over nothing hard, little soft, and near."""
+    """The best box (4,) of this size (2,) at a place (2,): in the frame, over nothing hard, little soft, and near."""
     import numpy as np
 
     turns = np.linspace(0, math.tau, 24, endpoint=False)
@@ -276,4 +277,4 @@ def _free_place(place: ndarray, size: ndarray, frame: ndarray, hard: ndarray, so
         return (~apart.any(-1)).sum(1)
 
     outside = np.maximum(frame[:2] - boxes[:, :2], boxes[:, 2:] - frame[2:]).max(1).clip(min=0)
-    return boxes[np.argmin(1e4 * covered(hard) + 100 * outside + distances + 8 * covered(soft))]
+    return boxes[np.argmin(1e4 * covered(hard) + 100 * outside + distances + 25 * covered(soft))]
