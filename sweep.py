@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,8 +70,10 @@ def make_plan(config: Config, command: Sequence[str] | None) -> Plan:
 
 
 def check_programs(jobs: Sequence[Job]) -> None:
-    """Every Python file in front of a command exists. Raises ValueError before anything has started."""
+    """Every command's program, and its Python file, exists. Raises ValueError before anything has started."""
     for job in jobs:
+        if job.command[0] != "python" and shutil.which(job.command[0]) is None:
+            raise ValueError(f"job {job.name}: there is no program {job.command[0]}; install it, or change the command")
         for program in job.command[1:2] if job.command[0] == "python" else ():
             if program.endswith(".py") and not Path(program).is_file():
                 raise ValueError(f"job {job.name}: there is no {program} here; start in the project's root")
@@ -86,7 +89,9 @@ class Screen:
         self.took: dict[str, list[float]] = {}
         self.failed: list[tuple[Job, int]] = []
         self.blocked: list[Job] = []
-        self.read: dict[Path, int] = {}
+        # how far each log has been shown; what earlier sweeps wrote is not shown again
+        logs = [store.log(job) for job in jobs]
+        self.shown = {log: log.stat().st_size if log.exists() else 0 for log in logs} if follow else {}
 
     def show(self, event: Event) -> None:
         """Say what happened."""
@@ -102,8 +107,6 @@ class Screen:
             else:
                 print(f"\n{head}   ({duration(time.monotonic() - self.begin)} since the start)")
             print(f"$ {shlex.join(job.command)}" + ("" if self.follow else f"\n  log: {log}"), flush=True)
-            if self.follow:
-                self.read.setdefault(log, log.stat().st_size if event.kind == "start" else 0)
             return
         if event.kind == "busy":
             print(f"{head}: an earlier sweep's process still runs it ({log}); waiting for its end", flush=True)
@@ -141,13 +144,13 @@ class Screen:
         return f"   ({len(rest)} to go, about {duration(left / self.slots)})"
 
     def _copy_logs(self) -> None:
-        for log, position in self.read.items():
-            with log.open("rb") as file:
-                file.seek(position)
-                if text := file.read():
-                    sys.stdout.write(text.decode(errors="replace"))
-                    sys.stdout.flush()
-                    self.read[log] = position + len(text)
+        for log, position in self.shown.items():
+            if log.exists() and log.stat().st_size > position:
+                with log.open("rb") as file:
+                    file.seek(position)
+                    text = file.read()
+                self.shown[log] = position + len(text)
+                print(text.decode(errors="replace"), end="", flush=True)
 
 
 class Tables:

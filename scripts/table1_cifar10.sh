@@ -13,7 +13,7 @@
 #   --jobs N       processes at a time (default 1)
 #   --only NAMES   some methods or jobs only, with what they wait for: darts, ptq, fbqat, qsubnet, qdarts, ptq-4 ...
 #   --out DIR      where the runs go (default runs/table1-SIZE), with table.md and pareto.svg
-#   --results DIR  where table1_SIZE.md and .csv go (default results; with --size smoke the folder of --out)
+#   --results DIR  where table1_SIZE.csv goes (default results; with --size smoke the folder of --out)
 #   --dry-run      one line a job: method, setting, seed, command; nothing is run
 #
 # The tables are written after every finished row. Stopped, the same command goes on.

@@ -194,70 +194,84 @@ def run_jobs(jobs: Sequence[Job], store: JobStore, executor: Executor, slots: in
     A job that fails is tried once more at once; those that wait for it are then blocked, all others run on. A job is
     done again when one that it waits for was. Closing the generator, and any exception, interrupts what still runs.
     """
-    status = dict.fromkeys((job.key for job in jobs), WAITING)
-    by_key = {job.key: job for job in jobs}
-    ran: set[str] = set()
-    busy: set[str] = set()
-    running: dict[str, _Running] = {}
+    return _Sweep(jobs, store, executor, slots).events()
 
-    def start(job: Job, attempt: int) -> bool:
-        before = store.seconds(job)
-        handle = executor.submit(job.command, store.log(job))
+
+class _Sweep:
+    """One pass over the jobs: their states, and what runs."""
+
+    def __init__(self, jobs: Sequence[Job], store: JobStore, executor: Executor, slots: int) -> None:
+        self.jobs, self.store, self.executor, self.slots = jobs, store, executor, slots
+        self.status = {job.key: WAITING for job in jobs}
+        self.running: dict[Job, _Running] = {}
+        self.ran: set[str] = set()
+        self.busy: set[str] = set()
+
+    def events(self) -> Iterator[Event]:
+        try:
+            while WAITING in self.status.values() or self.running:
+                yield from self._launch()
+                yield from self._collect()
+                yield Event("tick")
+                time.sleep(POLL_SECONDS if self.running or self.busy else 0)
+        finally:
+            self._stop()
+
+    def _launch(self) -> Iterator[Event]:
+        for job in self.jobs:
+            needed = [self.status[key] for key in job.after]
+            if self.status[job.key] != WAITING:
+                continue
+            if FAILED in needed or BLOCKED in needed:
+                self.status[job.key] = BLOCKED
+                yield Event("blocked", job)
+            elif any(state != DONE for state in needed):
+                continue
+            elif self.store.is_done(job) and self.ran.isdisjoint(job.after):
+                self.status[job.key] = DONE
+                yield Event("skip", job, seconds=self.store.seconds(job))
+            elif len(self.running) < self.slots:
+                if self._start(job, attempt=1):
+                    yield Event("start", job)
+                elif job.key not in self.busy:
+                    self.busy.add(job.key)
+                    yield Event("busy", job)
+
+    def _collect(self) -> Iterator[Event]:
+        for job, entry in list(self.running.items()):
+            code = self.executor.poll(entry.handle)
+            if code is None:
+                continue
+            del self.running[job]
+            self.status[job.key] = DONE if code == 0 else FAILED
+            self.store.write(job, self.status[job.key], entry.attempt, entry.seconds)
+            if code and entry.attempt < ATTEMPTS and self._start(job, entry.attempt + 1):
+                yield Event("retry", job, code, entry.seconds)
+            else:
+                yield Event(self.status[job.key], job, code, entry.seconds)
+
+    def _start(self, job: Job, attempt: int) -> bool:
+        before = self.store.seconds(job)
+        handle = self.executor.submit(job.command, self.store.log(job))
         if handle is None:
             return False
-        running[job.key] = _Running(handle, attempt, before, time.monotonic())
-        status[job.key] = RUNNING
-        ran.add(job.key)
-        store.write(job, RUNNING, attempt, before)
+        self.running[job] = _Running(handle, attempt, before, time.monotonic())
+        self.status[job.key] = RUNNING
+        self.ran.add(job.key)
+        self.store.write(job, RUNNING, attempt, before)
         return True
 
-    try:
-        while any(state in (WAITING, RUNNING) for state in status.values()):
-            for job in jobs:
-                needed = [status[key] for key in job.after]
-                if status[job.key] != WAITING:
-                    continue
-                if any(state in (FAILED, BLOCKED) for state in needed):
-                    status[job.key] = BLOCKED
-                    yield Event("blocked", job)
-                elif all(state == DONE for state in needed):
-                    if store.is_done(job) and ran.isdisjoint(job.after):
-                        status[job.key] = DONE
-                        yield Event("skip", job, seconds=store.seconds(job))
-                    elif len(running) < slots:
-                        if start(job, 1):
-                            yield Event("start", job)
-                        elif job.key not in busy:
-                            busy.add(job.key)
-                            yield Event("busy", job)
-            for key, entry in list(running.items()):
-                code = executor.poll(entry.handle)
-                if code is None:
-                    continue
-                job = by_key[key]
-                del running[key]
-                status[key] = DONE if code == 0 else FAILED
-                store.write(job, status[key], entry.attempt, entry.seconds)
-                if code and entry.attempt < ATTEMPTS and start(job, entry.attempt + 1):
-                    yield Event("retry", job, code, entry.seconds)
-                else:
-                    yield Event(status[key], job, code, entry.seconds)
-            yield Event("tick")
-            time.sleep(POLL_SECONDS)
-    finally:
-        for key, entry in running.items():
-            store.write(by_key[key], WAITING, entry.attempt, entry.seconds)
-        _stop(executor, [entry.handle for entry in running.values()])
-
-
-def _stop(executor: Executor, handles: list[Any]) -> None:
-    """Interrupt, wait for the last checkpoints, and end what does not listen; a second Ctrl-C ends it at once."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    try:
-        for handle in handles:
-            executor.cancel(handle)
-        while any(executor.poll(handle) is None for handle in handles) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-    finally:
-        for handle in handles:
-            executor.cancel(handle, kill=True)
+    def _stop(self) -> None:
+        """Interrupt, wait for the last checkpoints, end what does not listen; a second Ctrl-C ends it at once."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        try:
+            for job, entry in self.running.items():
+                self.executor.cancel(entry.handle)
+                self.store.write(job, WAITING, entry.attempt, entry.seconds)
+            while any(self.executor.poll(entry.handle) is None for entry in self.running.values()):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(POLL_SECONDS)
+        finally:
+            for entry in self.running.values():
+                self.executor.cancel(entry.handle, kill=True)

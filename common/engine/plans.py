@@ -199,9 +199,8 @@ def select(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
     for entry in only:
         found = [job for job in jobs if _is_named(job, entry)]
         if not found:
-            raise ValueError(
-                f"--only {entry}: names no job; {_offer(entry, {j.method for j in jobs} | {j.name for j in jobs})}"
-            )
+            names = {name for job in jobs for name in (job.method, job.name)}
+            raise ValueError(f"--only {entry}: names no job; {_offer(entry, names)}")
         wanted.update(job.key for job in found)
     for job in reversed(jobs):  # a job stands after those that it waits for
         if job.key in wanted:
@@ -230,15 +229,15 @@ def read_plan(path: Path) -> Plan:
         grid = _variables(data.get("grid", {}), f"{where}: grid")
         return grid_plan(_command(data["command"], where), grid, seeds, where)
     _check_keys(data, ("about", "seeds", "variables", "sizes", "jobs", "report"), where)
+    jobs, sizes, report = data.get("jobs"), data.get("sizes", {}), data.get("report", [])
+    if not (isinstance(jobs, list) and jobs and isinstance(sizes, dict) and isinstance(report, list)):
+        raise ValueError(f"{where}: jobs (at least one) and report must be lists, sizes an object of names and values")
     variables = _variables(data.get("variables", {}), f"{where}: variables")
     if taken := sorted(set(variables) & set(_RESERVED)):
         raise ValueError(f"{where}: variables: {taken[0]} has a meaning of its own; choose another name")
-    sizes = {name: _variables(entry, f"{where}: size {name}") for name, entry in data.get("sizes", {}).items()}
+    sizes = {name: _variables(entry, f"{where}: size {name}") for name, entry in sizes.items()}
     for name, entry in sizes.items():
         _check_keys(entry, variables, f"{where}: size {name}")
-    jobs, report = data.get("jobs"), data.get("report", [])
-    if not isinstance(jobs, list) or not jobs or not isinstance(report, list):
-        raise ValueError(f"{where}: jobs and report must be lists, jobs with at least one entry")
     return Plan(
         path=where,
         templates=tuple(_template(job, f"{where}: job {number}") for number, job in enumerate(jobs, 1)),
@@ -269,10 +268,8 @@ def grid_plan(command: Sequence[str], grid: Mapping[str, Value], seeds: Sequence
 
 
 def _template(data: Any, where: str) -> Template:
-    if not isinstance(data, dict) or not all(
-        isinstance(data.get(key), str) and data[key] for key in ("name", "method")
-    ):
-        raise ValueError(f"{where}: needs a name, a method and a command")
+    if not isinstance(data, dict) or not all(data.get(key) and isinstance(data[key], str) for key in _NEEDED):
+        raise ValueError(f"{where}: needs the texts {' and '.join(_NEEDED)}, and a command")
     where = f"{where} ({data['name']})"
     _check_keys(data, ("about", "name", "method", "setting", "command", "after", "row", "grid"), where)
     after = data.get("after", [])
