@@ -244,7 +244,8 @@ def _place_names(axes: Axes, points: Sequence[Point], lines: Sequence[Line2D]) -
         name = point.name if point.accuracy >= floor else f"{point.name}: {point.accuracy:.1f}%"
         text = axes.text(0, 0, name, fontsize=8, color=_INK, zorder=4, va="bottom", path_effects=halo)
         extent = text.get_window_extent(renderer)
-        box = _free_place(place, np.array([extent.width, extent.height]), np.array(frame.extents), hard, soft)
+        size, others = np.array([extent.width, extent.height]), np.delete(places, index, axis=0)
+        box = _free_place(place, others, size, np.array(frame.extents), hard, soft)
         hard = np.concatenate([hard, box[None]])
         text.set_position(to_data(box[:2]))
         end = np.clip(place, box[:2], box[2:])
@@ -261,8 +262,13 @@ def _along(corners: ndarray) -> ndarray:
     return np.concatenate([middles - 2, middles + 2], axis=1)
 
 
-def _free_place(place: ndarray, size: ndarray, frame: ndarray, hard: ndarray, soft: ndarray) -> ndarray:
-    """The best box (4,) of this size (2,) at a place (2,): in the frame, over nothing hard, little soft, and near."""
+def _free_place(
+    place: ndarray, others: ndarray, size: ndarray, frame: ndarray, hard: ndarray, soft: ndarray
+) -> ndarray:
+    """The best box (4,) of this size (2,) for a name at a place (2,) among others (n, 2).
+
+    It lies in the frame, covers nothing hard and little that is soft, and is near its place and nearer than to another.
+    """
     import numpy as np
 
     turns = np.linspace(0, math.tau, 24, endpoint=False)
@@ -276,5 +282,8 @@ def _free_place(place: ndarray, size: ndarray, frame: ndarray, hard: ndarray, so
         apart = (boxes[:, None, :2] >= others[:, 2:]) | (boxes[:, None, 2:] <= others[:, :2])
         return (~apart.any(-1)).sum(1)
 
+    beside = np.maximum(corners[:, None] - others, others - corners[:, None] - size).clip(min=0)
+    mistaken = (np.linalg.norm(beside, axis=-1) < distances[:, None] + 4).any(-1)
     outside = np.maximum(frame[:2] - boxes[:, :2], boxes[:, 2:] - frame[2:]).max(1).clip(min=0)
-    return boxes[np.argmin(1e4 * covered(hard) + 100 * outside + distances + 25 * covered(soft))]
+    badness = 1e4 * covered(hard) + 100 * outside + distances + 15 * covered(soft) + 40 * mistaken
+    return boxes[np.argmin(badness)]
