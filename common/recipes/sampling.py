@@ -29,7 +29,7 @@ from common.recipes.trained import load_trained
 BAND = 0.05
 """Costs count as equal within this share."""
 _AIM = 0.01  # flips go on until here where they can: else every draw from above would stay at the band's upper end
-_DRAWS = 100
+_DRAWS = 30
 _LAYER = re.compile(r"cells\.(\d+)\.(?:preprocess(\d)|operations\.(\d+))\.")  # a convolution's name in a network
 NAMES = {"cells": "random bits", "none": "random cells and bits"}
 """What may be kept of the reference, and how the result is called in tables."""
@@ -85,26 +85,29 @@ def draw(reference: Reference, *, keep: str, seed: int) -> Architecture:
     `keep` "cells": the reference's cells with random bits; "none": random cells too, of as many nodes. Raises
     ValueError when no draw can be brought there.
     """
-    own, known = reference.architecture.genotype, reference.architecture.bits
+    own, known, bits = reference.architecture.genotype, reference.architecture.bits, reference.bits
     layers = len(known.cells) if known is not None and known.cells else SEARCHED_CELLS
-    target, reached = reference.cost(reference.architecture).bitops_quantized, []
+    target, reach = reference.cost(reference.architecture).bitops_quantized, []
     generator = torch.Generator().manual_seed(derive(seed, "random architecture"))
     for _ in range(_DRAWS):
         cells = own
         if keep == "none":
             cells = random_genotype(generator, nodes=len(own.normal) // 2, multiplier=len(own.normal_concat))
-        policy = random_bits(Architecture(cells), reference.bits, generator, layers)
+        policy = random_bits(Architecture(cells), bits, generator, layers)
         policy = replace(policy, mapping=known.mapping if known is not None else "relative")
-        policy = meet(policy, reference.cost(Architecture(cells, policy)).layers, target, reference.bits, generator)
+        cost = reference.cost(Architecture(cells, policy))
+        reach += [cost.macs_quantized * min(bits) ** 2, cost.macs_quantized * max(bits) ** 2]
+        if not (1 - BAND) * reach[-2] <= target <= (1 + BAND) * reach[-1]:
+            continue
+        policy = meet(policy, cost.layers, target, bits, generator)
         found = reference.cost(Architecture(cells, policy)).bitops_quantized
         if abs(found / target - 1) <= BAND:
-            origin = {"method": "random", "kept": keep, "seed": seed, "bits": list(reference.bits)}
+            origin = {"method": "random", "kept": keep, "seed": seed, "bits": list(bits)}
             origin |= {"bitops_quantized": found, "target": target}
             return Architecture(cells, policy, search=origin, name=NAMES[keep])
-        reached.append(found)
     raise ValueError(
-        f"--like: its quantised layers cost {target:,} BitOps, and {_DRAWS} draws with {reference.bits} bits reached "
-        f"{min(reached):,} to {max(reached):,} only; give other --bits"
+        f"--like: its quantised layers cost {target:,} BitOps, and none of {_DRAWS} draws came within {BAND:.0%} of it "
+        f"with {bits} bits, which reach {min(reach):,} to {max(reach):,}; give other --bits"
     )
 
 
