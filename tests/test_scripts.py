@@ -96,7 +96,10 @@ def test_continuous_integration_runs_the_tests() -> None:
     assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("script", ["setup.sh", "test.sh", "quickstart.sh"])
+@pytest.mark.parametrize(
+    "script",
+    ["setup.sh", "test.sh", "quickstart.sh", "digits_study.sh", "run_plan.sh", "table1_cifar10.sh", "table_darts.sh"],
+)
 def test_help_needs_no_environment(script: str, tree: Tree) -> None:
     done = tree.run(script, "--help")
     assert done.returncode == 0
@@ -259,19 +262,28 @@ def test_test_script_hands_over_to_pytest(tree: Tree, arguments: list[str], expe
     assert done.stdout.splitlines()[-2:] == [expected, "3 passed, threads 1"]
 
 
+# sweep.py itself is the real one; what it calls python is the stand-in again
+SWEEP = f"""import runpy, sys
+sys.executable, *sys.argv = sys.argv[1:]
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({str(ROOT / "sweep.py")!r}, run_name="__main__")
+"""
 QUICKSTART_STAND_IN = f"""
 case "$*" in
     *--print-config*) printf 'epochs  20  flag\\ninit_channels  8  preset x\\nlayers  5  preset x\\n' ;;
     *common.cost*) echo "$*" >>commands; echo '{{"bitops": 123456, "macs": 7}}' ;;
     -c*json*) exec "{sys.executable}" "$@" ;;
+    sweep.py*) exec "{sys.executable}" -c '{SWEEP.replace("'", '"')}' "$0" "$@" ;;
     report.py*) echo "$*" >>commands; echo '| a table |' ;;
-    *) echo "$*" >>commands ;;
+    *) echo "$*" >>commands; echo "epoch 1, 3 s left" ;;
 esac
 """
 
 
 def test_quickstart_runs_the_recipe(tree: Tree) -> None:
     tree.make_venv(otherwise=QUICKSTART_STAND_IN)
+    for script in ("qdarts/search.py", "qdarts/train.py"):
+        write_program(tree.folder / script, "")
     done = tree.run("quickstart.sh", "--seed", "3")
     assert done.returncode == 0, done.stderr
     cost, search, *trainings, picture, table = (tree.folder / "commands").read_text().splitlines()
@@ -285,19 +297,28 @@ def test_quickstart_runs_the_recipe(tree: Tree) -> None:
     ]
     for line in (search, *trainings):
         assert "--preset quickstart --seed 3" in line and line.endswith("--resume auto")
+        assert f"$ python {line}" in done.stdout
     assert picture == "visualize.py runs/quickstart/s3/search"
     assert all(line.split("--save ")[1].split()[0] in table.split() for line in trainings)
     assert (tree.folder / "runs/quickstart/s3/table.md").read_text() == "| a table |\n"
-    assert [f"[{number}/6]" in done.stdout for number in range(1, 7)] == [True] * 6
+    assert [f"[{number}/5]" in done.stdout for number in range(1, 6)] == [True] * 5
+    assert "Table and drawing" in done.stdout and "to go, about" in done.stdout
+    assert done.stdout.count("epoch 1, 3 s left") == 6, "what the steps and the drawing print is shown"
 
 
 def test_quickstart_stops_at_the_first_failure(tree: Tree) -> None:
     tree.make_venv(
-        otherwise=QUICKSTART_STAND_IN.replace("report.py*)", "qdarts/search.py*) exit 3 ;;\n    report.py*)")
+        otherwise=QUICKSTART_STAND_IN.replace(
+            "report.py*)", 'qdarts/search.py*) echo "$*" >>commands; exit 3 ;;\n    report.py*)'
+        )
     )
+    for script in ("qdarts/search.py", "qdarts/train.py"):
+        write_program(tree.folder / script, "")
     done = tree.run("quickstart.sh", "--size", "smoke", "--out", str(tree.folder / "else where"))
-    assert done.returncode == 3
-    assert "[2/6]" not in done.stdout
+    assert done.returncode == 1
+    _, *commands = (tree.folder / "commands").read_text().splitlines()
+    assert len(commands) == 2 and commands[0] == commands[1], "the search, once more, and nothing after it"
+    assert "failed: s0/search (exit code 3;" in done.stdout and "Table and drawing" not in done.stdout
     assert (tree.folder / "else where" / "s0").is_dir()
 
 

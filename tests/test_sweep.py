@@ -575,6 +575,6 @@ def test_table_interrupted_and_resumed_equals_the_one_in_one_go(tmp_path: Path) 
         done = subprocess.run(command(name), cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert rows("broken") == rows("whole")
-    assert len(rows("whole")) == 11
+    assert len(rows("whole")) == 13
     for name in ("table.md", "pareto.svg"):
         assert (tmp_path / "broken" / name).stat().st_size > 1000
