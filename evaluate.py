@@ -31,6 +31,7 @@ def parser() -> Parser:
     add("--dataset", "--set", metavar="NAME", help="other data of as many classes (default: the run's own)")
     add("--data", type=Path, metavar="DIR", help="where the data lie (default: as in the run)")
     add("--data-module", metavar="FILE.py:FUNCTION", help="data of your own (default: as in the run)")
+    add("--search-space", type=Path, metavar="FILE.py", help="operations of your own that the network holds")
     add("--split", type=choice("test", "val"), default="test", metavar="test|val", help="val: the held-out part")
     add("--device", type=choice("auto", "cpu", "cuda"), default="auto", metavar="auto|cpu|cuda", help="where")
     add("--threads", type=integer(1), metavar="N", help="CPU threads of torch (default: torch's choice)")
@@ -48,6 +49,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     if config.run is None:
         raise ValueError("RUN: is missing; give the folder of a training run")
     device = prepare_torch(config)
+    if config.search_space is not None:
+        from common.recipes.own_space import load_search_space
+
+        load_search_space(config.search_space)
     network, trained, info = load_trained(config.run, config.checkpoint)
     build, size = info["build"], info["data"]["image_size"]
     own = config.dataset is None and config.data_module is None
