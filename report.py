@@ -72,8 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.fail([str(error)])
     for problem in problems:
         print(f"report.py: {problem}", file=sys.stderr)
-    if rows:
-        _write(parser, "--out", args.out, _WRITERS[form](rows).encode())
     if rows and args.pareto:
         try:
             image, left_out = draw_pareto(rows, args.pareto_x, args.pareto.suffix.lower().lstrip("."))
@@ -82,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for message in left_out:
             print(f"report.py: --pareto leaves out {message}", file=sys.stderr)
         _write(parser, "--pareto", args.pareto, image)
+    if rows:
+        _write(parser, "--out", args.out, _WRITERS[form](rows).encode())
     return 1 if problems or not rows else 0
 
 

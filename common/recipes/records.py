@@ -15,15 +15,14 @@ from common.engine.files import read_json
 # flags that do not make two runs different experiments
 _INCIDENTAL = frozenset(
     (
-        *("seed", "arch", "save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run"),
-        *("log_every", "checkpoint_minutes", "tensorboard", "workers", "data", "threads", "quiet"),
+        *("seed", "arch", "run", "source_digest", "data", "save", "runs", "resume", "preset", "config", "print_config"),
+        *("list_presets", "dry_run", "log_every", "checkpoint_minutes", "tensorboard", "workers", "threads", "quiet"),
     )
 )
 # whether, but not which: paths differ from seed to seed
 _OTHER_RUNS = ("teacher", "init_from", "weights_path", "match_reference")
 _TRAINED = ("train", "quantize")  # a network quantised after its training counts as a trained one
 _SOURCES = ("arch", "run", "init_from")  # flags that lead to the run from which an architecture came
-_PROVENANCE = frozenset(("method", "dataset", "seed", "epochs", "flags_digest", "version"))  # of every search
 _COST = ("parameters", "macs", "bitops", "bitops_quantized", "bitops_paper", "weight_bytes", "weight_bytes_fp32")
 
 
@@ -57,6 +56,8 @@ class Record:
     """What must agree within a row, as (name, value): network, image size, epochs, number of images."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The flags that make the experiment, its search's as `search.NAME`, without seed and paths."""
+    unset: frozenset[str] = frozenset()
+    """Those of the settings that nobody set: they have their default."""
     device: str = ""
 
 
@@ -116,6 +117,7 @@ def read_run(folder: Path) -> Record:
         "seed": fields.integer("seed"),
         "finished": True,
         "settings": _settings(config),
+        "unset": _unset(config),
         "device": _device(result.get("device")),
     }
     return _search(fields, common) if stage == "search" else _train(fields, common)
@@ -126,7 +128,9 @@ def _train(fields: _Fields, common: dict[str, Any]) -> Record:
     if not 0 <= correct <= n_test or n_test == 0:
         raise ValueError(f"{fields.where}: {correct} correct of n_test = {n_test} is impossible")
     numbers = {name: fields.number(f"cost.{name}", required=False) for name in _COST}
-    numbers |= {"train_seconds": fields.number("seconds"), "epochs": fields.number("epochs", required=False)}
+    before = fields.number("source_seconds", required=False)  # the training of what was quantised afterwards
+    numbers |= {"train_seconds": fields.number("seconds") + (before or 0)}
+    numbers |= {"epochs": fields.number("epochs", required=False)}
     numbers |= {"search_seconds": fields.number("search_seconds", required=False)}
     numbers |= {"test_loss": fields.number("metrics.test_loss", required=False)}
     numbers |= {"test_top5": fields.number("metrics.test_top5", required=False)}
@@ -203,37 +207,35 @@ def _architecture(common: Mapping[str, Any], fields: _Fields) -> dict[str, Any]:
     if not isinstance(provenance, dict) or not provenance:
         name = name or (Path(text).stem if text.endswith(".json") else Path(text).name) or "?"
         return {"architecture": name, "searched_bits": searched_bits}
-    finder = provenance.get("method")
-    digest = provenance.get("flags_digest")
-    flags = _search_flags(folder, digest)
-    known = {key: value for key, value in provenance.items() if key not in _PROVENANCE} | _kept(flags)
-    bits = flags.get("bits") if isinstance(flags.get("bits"), list) else []
+    digest, finder = provenance.get("flags_digest"), provenance.get("method")
+    origin = _search_config(folder, digest)
+    bits = _flags(origin).get("bits") or provenance.get("bits")
     return {
         "architecture": name or ("found" if finder in (None, common["method"]) else f"found by {finder}"),
         "search": str(digest or json.dumps(provenance, sort_keys=True, default=str)),
         "searched_bits": searched_bits,
-        "bit_set": tuple(bits) if searched_bits else (),
-        "settings": common["settings"] | {f"search.{key}": value for key, value in known.items()},
+        "bit_set": tuple(bits) if searched_bits and isinstance(bits, list) else (),
+        "settings": common["settings"] | {f"search.{key}": value for key, value in _settings(origin).items()},
+        "unset": common["unset"] | {f"search.{key}" for key in _unset(origin)},
     }
 
 
-def _search_flags(folder: Path, digest: Any, depth: int = 3) -> dict[str, Any]:
-    """The flags of the search whose configuration has this digest, along the `--arch` of the runs; {} where it is gone.
+def _search_config(folder: Path, digest: Any, depth: int = 3) -> dict[str, Any]:
+    """The config.json of the search that has this digest, along the runs that led here; {} where it is gone.
 
-    Paths in a run's flags are relative to the folder in which its command was typed: one above the run.
+    A run names another by its path from the folder in which the command was typed, which lies above the run.
     """
     try:
         config = _read_object(folder / "config.json")
     except (OSError, ValueError):
         return {}
-    if config.get("digest") == digest:
-        return _flags(config)
-    sources = [value for key in _SOURCES if isinstance(value := _flags(config).get(key), str)]
-    for source in sources if depth and digest else ():
-        places = [base / source for base in (Path(), *folder.resolve().parents)]
-        for place in (place for place in places if (place / "config.json").is_file()):
-            if flags := _search_flags(place, digest, depth - 1):
-                return flags
+    if digest is None or config.get("digest") == digest:
+        return config if digest else {}
+    names = [value for key in _SOURCES if isinstance(value := _flags(config).get(key), str)]
+    places = [base / name for name in names for base in (Path(), *folder.resolve().parents)]
+    for place in places if depth else ():
+        if (place / "config.json").is_file() and (found := _search_config(place, digest, depth - 1)):
+            return found
     return {}
 
 
@@ -243,15 +245,17 @@ def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     volatile = config.get("volatile") if isinstance(config.get("volatile"), list) else []
-    return {key: value for key, value in _kept(_flags(config)).items() if key not in volatile}
-
-
-def _kept(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that make an experiment; of other runs only whether there is one."""
-    kept = {key: value for key, value in flags.items() if key not in _INCIDENTAL}
+    kept = {key: value for key, value in _flags(config).items() if key not in _INCIDENTAL and key not in volatile}
     if kept.get("match_bitops"):  # that factor says the size; the channels follow from what was found
         kept.pop("init_channels", None)
+    else:
+        kept.pop("match_reference", None)
     return kept | {key: True for key in _OTHER_RUNS if kept.get(key)}
+
+
+def _unset(config: Mapping[str, Any]) -> frozenset[str]:
+    sources = config.get("sources") if isinstance(config.get("sources"), dict) else {}
+    return frozenset(key for key, source in sources.items() if source == "default")
 
 
 def _device(value: Any) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.recipes.records import Record
@@ -129,10 +130,13 @@ def group(records: Iterable[Record], by: Sequence[str] = DEFAULT_GROUPS) -> list
     unknown = [name for name in by if name not in GROUP_FIELDS]
     if unknown:
         raise ValueError(f"--group-by: {unknown[0]!r} is not one of {', '.join(GROUP_FIELDS)}")
-    rows: dict[tuple[Any, ...], list[Record]] = {}
+    records, rows = list(records), dict[tuple[Any, ...], list[Record]]()
+    settings = _telling_settings(records)
     for record in records:
         alone = record.stage == "search" or not record.finished
-        key = (str(record.folder),) if alone else tuple(_key(record, name) for name in by)
+        key = (str(record.folder),) if alone else tuple(_key(record, name) for name in by if name != "settings")
+        if not alone and "settings" in by:
+            key += (settings[record.folder],)
         members = rows.setdefault(key, [])
         if members and (what := _unlike(members[0], record)):
             field, first, second = what
@@ -145,23 +149,40 @@ def group(records: Iterable[Record], by: Sequence[str] = DEFAULT_GROUPS) -> list
 
 
 def _unlike(first: Record, second: Record) -> tuple[str, str, str] | None:
-    """(field, value, other value) of the first thing that must not be mixed and differs."""
+    """(field, values, other values) of what must not be mixed and differs."""
     if first.dataset != second.dataset:
         return "dataset", f"data set {first.dataset}", f"data set {second.dataset}"
-    one, other = dict(first.size), dict(second.size)
-    for key in one | other:
-        if one.get(key) != other.get(key):
-            return "size", f"{key} {one.get(key)}", f"{key} {other.get(key)}"
-    return None
+    sizes = dict(first.size), dict(second.size)
+    unequal = [key for key in sizes[0] | sizes[1] if sizes[0].get(key) != sizes[1].get(key)]
+    one, other = (", ".join(f"{key} {size[key]}" for key in unequal if key in size) for size in sizes)
+    return ("size", one, other) if unequal else None
+
+
+def _telling_settings(records: Sequence[Record]) -> dict[Path, str]:
+    """The settings of each run as a text, equal for equal experiments.
+
+    A flag that is off, and one that some of the runs of a look do not have (their version was another) while it has
+    its default here, say nothing.
+    """
+    known: dict[Any, set[str]] = {}
+    for record in records:
+        known.setdefault(_look(record), set(record.settings)).intersection_update(record.settings)
+    texts = {}
+    for record in records:
+        silent = record.unset - known[_look(record)]
+        telling = {key: value for key, value in record.settings.items() if value and key not in silent}
+        texts[record.folder] = json.dumps(telling, sort_keys=True, default=str)
+    return texts
 
 
 def _key(record: Record, name: str) -> Any:
     if name == "bits":
         return ("searched", record.bit_set) if record.searched_bits else record.bits
-    if name == "settings":
-        # a flag that is off and one that the run's version did not have are the same
-        return json.dumps({k: v for k, v in record.settings.items() if v}, sort_keys=True, default=str)
     return str(record.folder) if name == "run" else getattr(record, name)
+
+
+def _look(record: Record) -> tuple[str, str, Any]:
+    return record.method, record.architecture, _key(record, "bits")
 
 
 def differences(rows: Sequence[Row]) -> list[str]:
@@ -171,15 +192,19 @@ def differences(rows: Sequence[Row]) -> list[str]:
     """
     texts = []
     for row in rows:
-        twins = [_flags(other) for other in rows if _look(other) == _look(row)]
+        twins = [_flags(other) for other in rows if _look(other.first) == _look(row.first)]
         told = []
         for key, value in sorted(_flags(row).items()):
             values = {json.dumps(twin[key] or None, default=str) for twin in twins if key in twin}
             lone = key == "match_bitops" and any(key not in twin for twin in twins)
             if (len(values) > 1 or lone) and value is not None and value is not False:
-                told.append(key if value is True else f"{key}={value}")
+                told.append(key if value is True else f"{key}={_short(value)}")
         texts.append(" ".join(told))
     return texts
+
+
+def _short(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value >= 1 and value.is_integer() else value
 
 
 def _flags(row: Row) -> dict[str, Any]:
@@ -191,10 +216,6 @@ def _flags(row: Row) -> dict[str, Any]:
             f"{flags['match_bitops']:g} ({'-'.join(map(str, channels[:1] + channels[1:][-1:]))} channels)"
         )
     return flags
-
-
-def _look(row: Row) -> tuple[str, str, Any]:
-    return row.first.method, row.first.architecture, _key(row.first, "bits")
 
 
 def ranks(rows: Sequence[Row]) -> list[str]:
