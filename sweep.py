@@ -38,9 +38,7 @@ def parser() -> Parser:
     parser = Parser(prog=PROG, usage=usage, description=__doc__)
     add = parser.add_argument
     add("plan", nargs="?", type=Path, metavar="PLAN.json", help="jobs, or a command with a grid (docs/sweep.md)")
-    add(
-        "--grid", action="append", default=[], metavar="FLAG=V1,V2", help="values of one of COMMAND's flags; repeatable"
-    )
+    add("--grid", action="append", default=[], metavar="FLAG=V1,V2", help="values for a flag of COMMAND; repeatable")
     add("--seeds", nargs="+", type=integer(0), metavar="N", help="default: the plan's own, else 0")
     add("--size", metavar="NAME", help="one of the plan's sizes (default: its first)")
     add("--set", nargs="+", action="append", default=[], metavar="NAME=VALUE", help="variables of the plan")
@@ -100,16 +98,20 @@ class Screen:
         if (job := event.job) is None:
             return
         head = f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.method} {job.setting}, seed {job.seed}"
-        log = self.store.log(job)
-        if event.kind in ("start", "retry"):
-            if event.kind == "retry":
-                print(f"{head}: failed (exit code {event.code}), once more")
-            else:
-                print(f"\n{head}   ({duration(time.monotonic() - self.begin)} since the start)")
-            print(f"$ {shlex.join(job.command)}" + ("" if self.follow else f"\n  log: {log}"), flush=True)
-            return
-        if event.kind == "busy":
-            print(f"{head}: an earlier sweep's process still runs it ({log}); waiting for its end", flush=True)
+        words = {
+            "start": f"   ({duration(time.monotonic() - self.begin)} since the start)",
+            "retry": f": failed (exit code {event.code}), once more",
+            "busy": ": an earlier sweep's process still runs it; waiting for its end",
+            "skip": ": done before",
+            "done": f": done in {duration(event.seconds)}",
+            "failed": f": failed (exit code {event.code})",
+            "blocked": ": blocked",
+        }
+        if event.kind in ("start", "retry", "busy"):
+            print("\n" * (event.kind == "start") + head + words[event.kind])
+            print(
+                f"$ {shlex.join(job.command)}" + ("" if self.follow else f"\n  log: {self.store.log(job)}"), flush=True
+            )
             return
         self.open.discard(job.key)
         if event.kind in ("skip", "done"):
@@ -118,8 +120,7 @@ class Screen:
             self.failed.append((job, event.code or 0))
         else:
             self.blocked.append(job)
-        words = {"skip": "done before", "done": f"done in {duration(event.seconds)}", "blocked": "blocked"}
-        print(f"{head}: {words.get(event.kind, f'failed (exit code {event.code})')}{self._left()}", flush=True)
+        print(f"{head}{words[event.kind]}{self._left()}", flush=True)
 
     def summary(self) -> int:
         """What failed and why, and the exit code."""
@@ -163,7 +164,7 @@ class Tables:
     def write(self) -> None:
         """Run them; one that fails is said, and the others still write theirs."""
         self.stale = False
-        seeds = sorted(int(name) for name in (path.name[1:] for path in self.store.out.glob("s*")) if name.isdigit())
+        seeds = sorted(int(path.name[1:]) for path in self.store.out.glob("s*") if path.name[1:].isdigit())
         jobs = self.plan.jobs(seeds, self.values)
         rows = [job.folder for job in jobs if job.row and self.store.is_done(job)]
         for command in self.plan.reports(rows, self.values) if rows else []:

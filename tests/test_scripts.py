@@ -330,6 +330,18 @@ def test_quickstart_refuses_bad_arguments(tree: Tree, arguments: list[str]) -> N
     assert not tree.venv.exists()
 
 
+def test_published_values_stand_beside_ours(tmp_path: Path) -> None:
+    table, out = tmp_path / "table.csv", tmp_path / "out.md"
+    table.write_text(
+        "architecture,accuracy,accuracy_std,n\nPC_DARTS_cifar,0.97,0.001,3\nDARTS_V1,0.95,,1\nfound,.5,,1\nDARTS_V2,,,0\n"
+    )
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "published.py"), str(table), str(out)], check=True)
+    assert out.read_text().splitlines()[2:] == [
+        "| DARTS_V1 | 95.00 | 1 | 97.00 ± 0.14 |",
+        "| PC_DARTS | 97.00 ± 0.10 | 3 | 97.43 ± 0.07 |",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="runs in the project's own environment only")
 def test_quickstart_at_smoke_size(tmp_path: Path) -> None:

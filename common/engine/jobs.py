@@ -24,7 +24,7 @@ from common.engine.files import read_json, write_json
 
 WAITING, RUNNING, DONE, FAILED, BLOCKED = "waiting", "running", "done", "failed", "blocked"
 ATTEMPTS = 2
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0  # for a run's last checkpoint after an interrupt
 
 
