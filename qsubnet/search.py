@@ -32,7 +32,7 @@ def make_parser() -> Parser:
     portion.type, portion.help = cli.number(0.01, 1), "share of the training set that trains; the rest is only measured"
     parser.set_defaults(train_portion=1.0, epochs=50, batch_size=128, learning_rate=0.1, weight_decay=1e-4)
     parser.set_defaults(gamma_weight_decay=1e-4, complexity_decay=0.00335, lr_schedule="step", lr_step_epochs=15)
-    parser.fix(gamma_level="lower")
+    parser.fix(gamma_level="lower", subset=1.0)
     return parser
 
 

@@ -60,10 +60,11 @@ def draw_random(config: Config) -> None:
         raise ValueError("--like: missing; name the run of a search or of a training")
     from common.recipes.sampling import draw, load_reference
 
-    architecture = draw(load_reference(config.like, config.bits, config.data), keep=config.keep, seed=config.seed)
+    reference = load_reference(config.like, config.bits, config.data)
+    architecture = draw(reference, keep=config.keep, seed=config.seed)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     architecture.save(config.out)
-    cost, target = (architecture.search[key] for key in ("bitops_quantized", "target"))
+    cost, target = (reference.cost(each).bitops_quantized for each in (architecture, reference.architecture))
     print(
         f"{architecture.name}, seed {config.seed}: {cost / 1e9:.4g} G BitOps in quantised layers "
         f"({cost / target - 1:+.1%} of the {target / 1e9:.4g} G of {config.like}): {config.out}"

@@ -102,8 +102,7 @@ def draw(reference: Reference, *, keep: str, seed: int) -> Architecture:
         policy = meet(policy, cost.layers, target, bits, generator)
         found = reference.cost(Architecture(cells, policy)).bitops_quantized
         if abs(found / target - 1) <= BAND:
-            origin = {"method": "random", "kept": keep, "seed": seed, "bits": list(bits)}
-            origin |= {"bitops_quantized": found, "target": target}
+            origin = {"method": "random", "seed": seed, "kept": keep, "bits": list(bits)}
             return Architecture(cells, policy, search=origin, name=NAMES[keep])
     raise ValueError(
         f"--like: its quantised layers cost {target:,} BitOps, and none of {_DRAWS} draws came within {BAND:.0%} of it "

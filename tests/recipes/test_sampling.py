@@ -16,6 +16,7 @@ from common.nets import Architecture, build_network, load_architecture
 from common.nets.sampling import random_bits
 from common.recipes.__main__ import main
 from common.recipes.flags import resolve_search, resolve_training, search_parser, training_parser
+from common.recipes.records import read_run
 from common.recipes.sampling import Reference, draw, load_reference, slot_bits, slot_macs
 from common.recipes.search import run_search
 from common.recipes.train import run_training
@@ -113,8 +114,15 @@ def test_the_command_writes_what_training_takes(runs: Path, tmp_path: Path, caps
     assert main(flags) == 0 and out.read_text() == text
     save = ["--arch", str(out), "--save", str(tmp_path / "run")]
     result = run_training(resolve_training(training_parser("t", ""), [*SMOKE, *save]), method="m")
-    assert result["architecture"] == "random cells and bits"
-    assert result["cost"]["bitops_quantized"] == json.loads(text)["search"]["bitops_quantized"]
+    target = json.loads((runs / "search" / "result.json").read_text())["exact_bitops_quantized"]
+    assert result["cost"]["bitops_quantized"] == pytest.approx(target, rel=0.05)
+    record = read_run(tmp_path / "run")
+    # draws of several seeds share a row of a table: nothing in their settings is a draw's own
+    assert (record.architecture, record.bit_set) == ("random cells and bits", (2, 4))
+    assert {key: value for key, value in record.settings.items() if key.startswith("search.")} == {
+        "search.kept": "none",
+        "search.bits": [2, 4],
+    }
 
 
 def test_errors_name_flag_and_cure(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
