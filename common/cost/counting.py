@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.nets import Network
-from common.quant import FLOAT_BITS, QuantConv2d, QuantLinear
+from common.quant import FLOAT_BITS, MixedQuantConv2d, QuantConv2d, QuantLinear
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def trace_layers(module: nn.Module, input_shape: Sequence[int]) -> list[LayerSha
     for layer in list(module.modules()):
         if isinstance(layer, (QuantConv2d, QuantLinear)):  # no shape depends on them, and they are most of the time
             layer.quantize_weight = layer.quantize_activation = nn.Identity()
+        elif isinstance(layer, MixedQuantConv2d):
+            layer.forward = partial(nn.Conv2d.forward, layer)
     found: list[LayerShape] = []
     names = {m: name for name, m in module.named_modules()}
 

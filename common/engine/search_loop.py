@@ -217,7 +217,7 @@ class SearchLoop:
             self.architecture_step(batch)
         self.weight_step(batch)
         if self.controller is not None:
-            self.controller.update(self.model, self.architecture_moves())
+            self.controller.update(self.model, self.epoch >= self.settings.arch_begin_epoch)
         self.guard.end_of_step()
         self.step += 1
 
