@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.engine.cli import Config, Parser, Switch, add_run_argument, choice, integer, number, one_of, resolve
-from common.recipes.flags import run_program
+from common.recipes.flags import check_search_space, derive_search_space, run_program
 
 PROG = "ptq/quantize.py"
 OPTIMAL = ("mse", "percentile")  # beside the four of the paper's baseline
@@ -54,6 +54,8 @@ def parser() -> Parser:
     add("--seed", type=integer(0), metavar="N", help="of their draw (default: the training's)")
     add("--data", type=Path, metavar="DIR", help="where the data lie (default: as in the training)")
     add = parser.group("run").add_argument
+    add("--search-space", type=Path, metavar="FILE.py", help="operations of your own that the network holds")
+    parser.fix(search_space_digest=None)
     add("--device", type=choice("auto", "cpu", "cuda"), default="auto", metavar="auto|cpu|cuda", help="where")
     add("--threads", type=integer(1), metavar="N", help="CPU threads of torch (default: torch's choice)")
     add(
@@ -95,9 +97,15 @@ def check(config: Config) -> list[str]:
     return errors
 
 
+def resolved(argv: Sequence[str]) -> Config:
+    """The flags, checked; every error is reported at once (exit code 2)."""
+    rules = {"derive": [derive_search_space, derive], "validate": [check_search_space, check]}
+    return resolve(parser(), argv, **rules)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Quantise as the flags say; the exit code."""
-    config = resolve(parser(), sys.argv[1:] if argv is None else argv, derive=[derive], validate=[check])
+    config = resolved(sys.argv[1:] if argv is None else argv)
 
     def work() -> None:
         from common.recipes.post_training import run_post_training

@@ -18,7 +18,7 @@ from common.cost import network_cost
 from common.cost.__main__ import main as cost_main
 from common.data import DatasetInfo, ImageData, Split, evaluation_batches, hold_out, load
 from common.engine import read_json
-from common.nets import load_architecture
+from common.nets import OPERATIONS, load_architecture
 from common.quant import CALIBRATED_METHODS, QuantConv2d, QuantLinear
 from common.recipes import post_training
 from common.recipes.trained import load_trained
@@ -139,6 +139,26 @@ def test_an_auxiliary_head_is_left_behind(tmp_path: Path) -> None:
     assert load_trained(tmp_path / "run")[0].auxiliary_head is None
 
 
+def test_a_network_with_an_operation_of_ones_own(tmp_path: Path) -> None:
+    """Its Sequential says by its order what follows what, so it is folded too."""
+    space = tmp_path / "space.py"
+    space.write_text(
+        "from torch import nn\nfrom common.nets import OPERATIONS\n"
+        "OPERATIONS['own_1x1'] = lambda conv, norm, c, s: nn.Sequential(nn.ReLU(), conv(c, c, 1, stride=s), norm(c))\n"
+    )
+    file = load_architecture("PC_DARTS").save(tmp_path / "own.json")
+    file.write_text(file.read_text().replace("sep_conv_3x3", "own_1x1"))
+    own = ["--search-space", str(space)]
+    flags = ["--preset", "smoke", "--epochs", "1", "--steps-per-epoch", "1", "--arch", str(file), *own]
+    try:
+        assert train.main([*flags, "--no-tensorboard", "--device", "cpu", "--save", str(tmp_path / "fp32")]) == 0
+        assert run(tmp_path / "fp32", tmp_path / "run", "--quant_method", "tanh", *own) == 0
+        network, _, _ = load_trained(tmp_path / "run")
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    finally:
+        OPERATIONS.pop("own_1x1", None)
+
+
 # ---- the calibration
 
 
@@ -181,7 +201,7 @@ def test_test_images_change_nothing_but_the_figures(source: Path, quantized: Pat
 
 
 def opened(source: Path, *flags: str) -> tuple[Any, post_training.Source]:
-    config = quantize.resolve(quantize.parser(), [str(source), "--seed", "0", *flags], derive=[quantize.derive])
+    config = quantize.resolved([str(source), "--seed", "0", *flags])
     config.param_bits, config.fwd_bits = config.param_bits[0], config.fwd_bits[0]
     return config, post_training.open_source(config)
 
