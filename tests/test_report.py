@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_table_fits_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     _, out, _ = run(capsys, tmp_path / "found", tmp_path / "fp", tmp_path / "two")
     lines = [line for line in out.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 115
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 118
     found, fp, two = cells(out)  # in the order in which they were named
     assert (found["architecture"], found["w/a"], found["time s"]) == ("found", "2.3/2.9", "131+62")
     assert (fp["w/a"], fp["BitOps M"]) == ("fp32", "2401/0/2301")
@@ -123,7 +124,9 @@ def test_seeds_share_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert row["accuracy_std"] == pytest.approx(stats.tstd(values))
     assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(wanted)
     _, out, _ = run(capsys, tmp_path)
-    assert cells(out)[0]["accuracy %"] == f"{100 * sum(values) / 3:.2f} ± {100 * stats.tstd(values):.2f}"
+    low, high = (100 * end for end in wanted)
+    text = f"{100 * sum(values) / 3:.2f} ± {100 * stats.tstd(values):.2f} [{low:.1f}-{min(high, 100):.1f}]"
+    assert cells(out)[0]["accuracy %"] == text
     _, out, _ = run(capsys, tmp_path, "--group-by", "run")
     assert [row["seed"] for row in cells(out)] == ["0", "1", "2"]
 
@@ -152,9 +155,19 @@ def test_data_sets_and_sizes_are_never_mixed(tmp_path: Path, capsys: pytest.Capt
     ]
     for k, change in enumerate(changes):
         uniform(tmp_path / f"r{k}", 340 + k, k, **change)
-    for arguments in ((), ("--group-by", "method"), ("--group-by", "method,bits")):
+    for arguments in ((), ("--group-by", "method", "dataset", "size"), ("--group-by", "size,dataset,bits")):
         rows = objects(capsys, tmp_path, *arguments)
         assert [row["n"] for row in rows] == [1] * len(changes)
+    for first, second, words in (
+        ("r0", "r1", ("data set digits", "data set mnist", "add dataset to --group-by")),
+        ("r0", "r2", ("image_size 16", "image_size 8", "add size to --group-by")),
+        ("r3", "r0", ("init_channels 16", "init_channels 8", "add size to --group-by")),
+        ("r4", "r5", ("epochs 40, n_train 1437", "epochs 20, n_train 700", "add size to --group-by")),
+    ):
+        for by in ("method", "method,bits", "method bits"):
+            code, out, err = run(capsys, tmp_path / first, tmp_path / second, "--group-by", *by.split(" "))
+            assert code == 2 and not out
+            assert all(word in err for word in (*words, str(tmp_path / first), str(tmp_path / second)))
     _, out, _ = run(capsys, tmp_path)
     assert out.count("### ") == 4  # two data sets, and digits in two image sizes and with fewer images
     wide = [row["architecture"] for row in cells(out) if "init_channels" in row["architecture"]]
@@ -248,6 +261,187 @@ def test_folders_above_runs_and_repeated_ones(tmp_path: Path, capsys: pytest.Cap
     uniform(tmp_path / "runs" / ".hidden" / "b", 343)
     rows = objects(capsys, tmp_path / "runs", folder, "--run", folder)
     assert len(rows) == 1 and rows[0]["runs"] == [str(folder)]
+
+
+def found_run(root: Path, name: str, correct: int, seed: int, search: str, **flags: Any) -> Path:
+    """A training of what the search ROOT/SEARCH found (made where it is not there; its flags start with search_)."""
+    digest = f"digest of {search}"
+    if not (root / search).exists():
+        known = {key.removeprefix("search_"): value for key, value in flags.items() if key.startswith("search_")}
+        folder = write_run(root / search, search_result(seed), config={"bits": [2, 4], **known})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"digest": digest}))
+    method = flags.pop("method", "qdarts")
+    result = train_result(correct, seed, bits_mean={"weight": 2.3, "activation": 2.9}, method=method)
+    return write_run(
+        root / name,
+        result | flags.pop("result", {}),
+        # as the command was typed: from above the runs
+        config={"arch": f"{root.name}/{search}"} | {k: v for k, v in flags.items() if not k.startswith("search_")},
+        architecture=architecture_json(
+            None, bits={"kind": "cells"}, search={"method": "qdarts", "seed": seed, "flags_digest": digest}
+        ),
+    )
+
+
+def test_searched_sets_are_named_and_settings_of_the_search_tell_rows_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(2):
+        for decay in (0.001, 0.0001):
+            name = f"{decay}-{seed}"
+            found_run(tmp_path, f"t{name}", 340 + seed, seed, f"s{name}", search_complexity_decay=decay)
+        found_run(tmp_path, f"t8-{seed}", 350, seed, f"s8-{seed}", search_bits=[2, 4, 8])
+        found_run(tmp_path, f"other-{seed}", 351, seed, f"s8-{seed}", method="another")
+    rows = {(row["method"], row["bits"], row["differs"]): row["n"] for row in objects(capsys, tmp_path) if row["bits"]}
+    assert rows == {
+        ("qdarts", "{2,4}", "search.complexity_decay=0.001"): 2,
+        ("qdarts", "{2,4}", "search.complexity_decay=0.0001"): 2,
+        ("qdarts", "{2,4,8}", ""): 2,
+        ("another", "{2,4,8}", ""): 2,
+    }
+    shown = cells(run(capsys, tmp_path / "t8-0", tmp_path / "other-0")[1])
+    assert {(row["method"], row["architecture"], row["w/a"]) for row in shown} == {
+        ("qdarts", "found", "{2,4,8} 2.3/2.9"),
+        ("another", "found by qdarts", "{2,4,8} 2.3/2.9"),
+    }
+
+
+def test_a_flag_that_an_older_version_lacks_does_not_tell_while_it_has_its_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed, flags, source in (
+        ("old", 0, {}, {}),
+        ("new", 1, {"subset": 1.0}, {"subset": "default"}),
+        ("set", 2, {"subset": 0.5}, {"subset": "flag"}),
+    ):
+        folder = write_run(tmp_path / name, train_result(340, seed), config=flags)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"sources": source}))
+    rows = objects(capsys, tmp_path)
+    assert [(row["n"], row["differs"]) for row in rows] == [(2, "subset=1"), (1, "subset=0.5")]
+
+
+def test_searches_and_trainings_vary_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    correct = {"a": [340, 343, 352], "b": [350, 356, 355]}
+    for search, values in correct.items():
+        for seed, number in enumerate(values):
+            found_run(tmp_path, f"{search}-train-{seed}", number, seed, search)
+    (row,) = [row for row in objects(capsys, tmp_path) if row["stage"] == "train"]
+    groups = [[number / 360 for number in values] for values in correct.values()]
+    within = sum(stats.tvar(group) for group in groups) / 2
+    between = stats.tvar([sum(group) / 3 for group in groups]) - within / 3
+    assert row["n"] == 6 and row["accuracy_std"] == pytest.approx(stats.tstd(groups[0] + groups[1]))
+    assert row["accuracy_std_searches"] == pytest.approx(between**0.5)
+    assert row["accuracy_std_trainings"] == pytest.approx(within**0.5)
+    shown = [row for row in cells(run(capsys, tmp_path)[1]) if "accuracy %" in row]
+    assert shown[0]["std s/t"] == f"{100 * between**0.5:.2f}/{100 * within**0.5:.2f}"
+    # one training a search: the two cannot be told apart, and the column says nothing
+    rows = objects(capsys, tmp_path / "a-train-0", tmp_path / "b-train-1")
+    assert (rows[0]["n"], rows[0]["accuracy_std_searches"], rows[0]["accuracy_std_trainings"]) == (2, None, None)
+    assert "std s/t" not in run(capsys, tmp_path / "a-train-0", tmp_path / "b-train-1")[1]
+
+
+def test_what_was_quantised_after_its_training_is_a_row_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(2):
+        source = write_run(tmp_path / f"fp{seed}", train_result(350, seed, bits_mean=None, method="darts"))
+        result = train_result(340, seed, method="ptq", stage="quantize", seconds=4.0, source_seconds=60.0)
+        flags = {"run": str(source), "source_digest": f"{seed}", "param_bits": 2}
+        write_run(tmp_path / f"q{seed}", result, config=flags, architecture=architecture_json(bits=TWO_BITS))
+    rows = objects(capsys, tmp_path)
+    assert [(row["method"], row["bits"], row["n"], row["train_seconds"]) for row in rows] == [
+        ("darts", "fp32", 2, 61.5),
+        ("ptq", "2/2", 2, 64),
+    ]
+
+
+def test_larger_capacity_is_another_row_of_the_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = train_result()["network"]
+    for seed in range(2):
+        found_run(tmp_path, f"t{seed}", 340, seed, f"s{seed}", init_channels=8, match_reference="PC_DARTS")
+        wide = {"network": network | {"init_channels": 12 + seed}}
+        flags = {"match_bitops": 18.0, "match_reference": f"runs/fp{seed}", "init_channels": 12 + seed}
+        found_run(tmp_path, f"large{seed}", 350, seed, f"s{seed}", result=wide, **flags)
+    code, out, _ = run(capsys, tmp_path)
+    shown = [row for row in cells(out) if "accuracy %" in row]
+    assert code == 0 and out.count("test images") == 1
+    assert [(row["architecture"], row["n"]) for row in shown] == [
+        ("found match_bitops=18 (12-13 channels)", "2"),
+        ("found", "2"),
+    ]
+    code, _, err = run(capsys, tmp_path, "--group-by", "method,bits")
+    assert code == 2 and "match_bitops 18" in err and "init_channels 8" in err
+
+
+def test_ranks_stand_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, correct, bits in (("a", 200, 2), ("b", 350, 3), ("c", 349, 4), ("d", 100, 8)):
+        policy = architecture_json("PC_DARTS", bits={"kind": "uniform", "uniform": [bits, bits]})
+        write_run(
+            tmp_path / name,
+            train_result(correct, bits_mean={"weight": bits, "activation": bits}),
+            architecture=policy,
+        )
+    write_run(tmp_path / "e", None, config={"method": "qdarts", "stage": "train", "dataset": "digits"})
+    _, out, _ = run(capsys, tmp_path)
+    assert [row["rank"] for row in cells(out)] == ["3", "=1", "=1", "4", "-"]
+    assert [row["rank"] for row in objects(capsys, tmp_path)] == ["3", "=1", "=1", "4", None]
+
+
+def test_latex_has_the_shape_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(3):
+        found_run(tmp_path, f"t_{seed}", 340 + seed, seed, f"s_{seed}")
+    write_run(tmp_path / "fp", train_result(350, bits_mean=None, method="a_b&c"), config={"x": 1})
+    code, out, _ = run(capsys, tmp_path, "--format", "latex")
+    assert code == 0
+    for block in out.split(r"\begin{table}")[1:]:
+        shape, body = re.search(r"\\begin{tabular}{([lr]+)}\n(.*?)\\end{tabular}", block, re.DOTALL).groups()
+        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert body.splitlines()[0] == r"\toprule" and body.splitlines()[-1] == r"\bottomrule"
+        # unescaped separators: as many as columns but one in every line
+        assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {len(shape) - 1}
+        assert block.count("{") - block.count(r"\{") == block.count("}") - block.count(r"\}")
+        assert not re.search(r"(?<!\\)[%#_^~±]", block) and "`" not in block
+    assert r"a\_b\&c" in out and r"\{2,4\} 2.3/2.9" in out and r"$\pm$" in out
+    run(capsys, tmp_path, "--out", tmp_path / "table.tex")
+    assert (tmp_path / "table.tex").read_text() == out
+
+
+def test_csv_goes_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        found_run(tmp_path, f"t{seed}", 340 + seed, seed, f"s{seed}")
+    uniform(tmp_path / "u", 343, architecture='an "odd", name')
+    wanted = objects(capsys, tmp_path)
+    read = list(csv.DictReader(io.StringIO(run(capsys, tmp_path, "--format", "csv")[1])))
+    for row, entry in zip(read, wanted, strict=True):
+        assert row.keys() >= entry.keys()
+        for key, value in entry.items():
+            if isinstance(value, list):
+                assert row[key].split() == [str(item) for item in value if item is not None]
+            elif isinstance(value, float):
+                assert float(row[key]) == value
+            else:
+                assert row[key] == ("" if value is None else str(value))
+
+
+def test_pareto_writes_beside_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uniform(tmp_path / "runs" / "a", 343)
+    write_run(tmp_path / "runs" / "fp", train_result(350, bits_mean=None))
+    write_run(tmp_path / "runs" / "new", None, config={"method": "qdarts", "stage": "train", "dataset": "digits"})
+    picture = tmp_path / "deep" / "pareto.svg"
+    code, out, err = run(capsys, tmp_path / "runs", "--pareto", picture, "--pareto-x", "weight_bytes")
+    assert code == 0 and len(cells(out)) == 3
+    assert f"wrote {picture}" in err and f"leaves out {tmp_path / 'runs' / 'new'}: not finished" in err
+    text = picture.read_text()
+    assert "qdarts 2/2" in text and "qdarts fp32" in text and "memory of the weights" in text
+    for argv, words in (
+        ((tmp_path / "runs", "--pareto", "pareto.gif"), ".svg, .png, .pdf"),
+        ((tmp_path / "runs", "--pareto", picture, "--pareto-x", "macs"), "--pareto-x"),
+        ((tmp_path / "runs" / "new", "--pareto", picture), "no finished training"),
+    ):
+        code, out, err = run(capsys, *argv)
+        assert code == 2 and words in err and not out
 
 
 def test_csv_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

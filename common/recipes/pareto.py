@@ -227,7 +227,6 @@ def _paint(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
 def _place_names(axes: Axes, points: Sequence[Point], lines: Sequence[Line2D]) -> None:
     """Every name beside its point, as near as it goes without covering a mark, an interval, a line or another name."""
     import numpy as np
-    from matplotlib.patheffects import Normal, Stroke
 
     renderer, floor = axes.figure.canvas.get_renderer(), axes.get_ylim()[0]
     frame = axes.get_window_extent(renderer)
@@ -238,14 +237,14 @@ def _place_names(axes: Axes, points: Sequence[Point], lines: Sequence[Line2D]) -
     soft = np.concatenate([low - 3, high + 3], axis=1)
     for line in lines:  # each by its own transform: the dotted one's ends are shares of the width, not costs
         soft = np.concatenate([soft, _along(line.get_transform().transform(line.get_xydata()))])
-    halo = [Stroke(linewidth=2.5, foreground="white"), Normal()]
+    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
     for index in sorted(range(len(points)), key=lambda i: -points[i].accuracy):
         point, place = points[index], places[index]
         name = point.name if point.accuracy >= floor else f"{point.name}: {point.accuracy:.1f}%"
-        text = axes.text(0, 0, name, fontsize=8, color=_INK, zorder=4, va="bottom", path_effects=halo)
+        text = axes.text(0, 0, name, fontsize=8, color=_INK, zorder=4, va="bottom", bbox=ground)
         extent = text.get_window_extent(renderer)
-        size, others = np.array([extent.width, extent.height]), np.delete(places, index, axis=0)
-        box = _free_place(place, others, size, np.array(frame.extents), hard, soft)
+        others = places[np.linalg.norm(places - place, axis=1) > 8]  # a mark on the same spot cannot be told apart
+        box = _free_place(place, others, np.array([extent.width, extent.height]), np.array(frame.extents), hard, soft)
         hard = np.concatenate([hard, box[None]])
         text.set_position(to_data(box[:2]))
         end = np.clip(place, box[:2], box[2:])

@@ -208,13 +208,12 @@ def _short(value: Any) -> Any:
 
 
 def _flags(row: Row) -> dict[str, Any]:
-    """A row's settings and sizes by name."""
+    """A row's settings and sizes by name; a budget together with the channels that it allowed."""
     flags = {**dict(row.first.size), **row.first.settings}
     if flags.get("match_bitops"):
-        channels = sorted({int(record.numbers.get("init_channels") or 0) for record in row.records})
-        flags["match_bitops"] = (
-            f"{flags['match_bitops']:g} ({'-'.join(map(str, channels[:1] + channels[1:][-1:]))} channels)"
-        )
+        channels = [int(record.numbers.get("init_channels") or 0) for record in row.records]
+        ends = "-".join(str(end) for end in dict.fromkeys((min(channels), max(channels))))
+        flags["match_bitops"] = f"{flags['match_bitops']:g} ({ends} channels)"
     return flags
 
 
