@@ -98,7 +98,16 @@ def test_continuous_integration_runs_the_tests() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["setup.sh", "test.sh", "quickstart.sh", "digits_study.sh", "run_plan.sh", "table1_cifar10.sh", "table_darts.sh"],
+    [
+        "setup.sh",
+        "test.sh",
+        "quickstart.sh",
+        "digits_study.sh",
+        "run_plan.sh",
+        "table1_cifar10.sh",
+        "table_darts.sh",
+        "ablations.sh",
+    ],
 )
 def test_help_needs_no_environment(script: str, tree: Tree) -> None:
     done = tree.run(script, "--help")
@@ -333,12 +342,13 @@ def test_quickstart_refuses_bad_arguments(tree: Tree, arguments: list[str]) -> N
 def test_published_values_stand_beside_ours(tmp_path: Path) -> None:
     table, out = tmp_path / "table.csv", tmp_path / "out.md"
     table.write_text(
-        "architecture,accuracy,accuracy_std,n\nPC_DARTS_cifar,0.97,0.001,3\nDARTS_V1,0.95,,1\nfound,.5,,1\nDARTS_V2,,,0\n"
+        "architecture,dataset,epochs,accuracy,accuracy_std,n\nPC_DARTS_cifar,cifar10,600,0.97,0.001,3\n"
+        "DARTS_V1,digits,2,0.95,,1\nfound,digits,2,.5,,1\nDARTS_V2,cifar10,600,,,0\n"
     )
     subprocess.run([sys.executable, str(ROOT / "scripts" / "published.py"), str(table), str(out)], check=True)
     assert out.read_text().splitlines()[2:] == [
-        "| DARTS_V1 | 95.00 | 1 | 97.00 ± 0.14 |",
-        "| PC_DARTS | 97.00 ± 0.10 | 3 | 97.43 ± 0.07 |",
+        "| DARTS_V1 | digits, 2 | 95.00 | 1 | 97.00 ± 0.14 |",
+        "| PC_DARTS | cifar10, 600 | 97.00 ± 0.10 | 3 | 97.43 ± 0.07 |",
     ]
 
 
