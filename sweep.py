@@ -120,7 +120,7 @@ class Screen:
             self.failed.append((job, event.code or 0))
         else:
             self.blocked.append(job)
-        print(f"{head}{words[event.kind]}{self._left()}", flush=True)
+        print(f"{head}{words[event.kind]}{self._left() if event.kind == 'done' else ''}", flush=True)
 
     def summary(self) -> int:
         """What failed and why, and the exit code."""
@@ -159,11 +159,12 @@ class Tables:
 
     def __init__(self, plan: Plan, values: Mapping[str, Value], store: JobStore) -> None:
         self.plan, self.values, self.store = plan, values, store
-        self.stale = True
+        self.said: list[str] | None = None
+        """What the commands printed the last time; None: they have not run yet."""
 
     def write(self) -> None:
         """Run them; one that fails is said, and the others still write theirs."""
-        self.stale = False
+        self.said = []
         seeds = sorted(int(path.name[1:]) for path in self.store.out.glob("s*") if path.name[1:].isdigit())
         jobs = self.plan.jobs(seeds, self.values)
         rows = [job.folder for job in jobs if job.row and self.store.is_done(job)]
@@ -172,6 +173,7 @@ class Tables:
             try:
                 done = subprocess.run(words, capture_output=True, text=True, timeout=REPORT_SECONDS)
                 problem = done.stderr.strip()[-500:] if done.returncode else ""
+                self.said.append(done.stdout)
             except subprocess.TimeoutExpired:
                 problem = f"took more than {REPORT_SECONDS} s"
             if problem:
@@ -188,8 +190,9 @@ def sweep(plan: Plan, values: Mapping[str, Value], jobs: Sequence[Job], config: 
             screen.show(event)
             if event.kind == "done" and event.job.row:
                 tables.write()
-    if tables.stale:
+    if tables.said is None:
         tables.write()
+    print("\n" + "".join(tables.said), end="")
     return screen.summary()
 
 
