@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.data import ImageData, Stream, hold_out
+from common.data import ImageData, Stream, split_search, take_subset
 from common.engine import seed_everything
 from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import build_network, load_architecture
 from common.recipes.search_setup import PreparedSearch, cost_term, target_controller
-from common.recipes.setup import load_data, prepare_torch, shorten, stem_of
+from common.recipes.setup import load_data, prepare_torch, share, shorten, stem_of
 from common.recipes.train import start_from
 from qsubnet.cost import SubnetCost
 from qsubnet.subnet import Subnet
@@ -55,9 +55,11 @@ def _loop_arguments(
     config: Config, data: ImageData, subnet: Subnet, cost: SubnetCost, device: torch.device
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Arguments of the loop, and the images that train nothing (None: all do). One level: one stream, one loss."""
-    kept, held = None, None
+    kept, held, labels = None, None, data.train.labels
     if config.train_portion < 1:
-        kept, held = hold_out(data.train.labels, 1 - config.train_portion, config.seed)
+        kept, held = split_search(labels, config.train_portion, config.seed, config.subset)
+    elif config.subset < 1:
+        kept = take_subset(labels, config.subset, config.seed)
     stream = Stream(
         data.train,
         data.info,
@@ -68,6 +70,7 @@ def _loop_arguments(
         augment=True,
         cutout=config.cutout_length if config.cutout else None,
         device=device,
+        **share(),
     )
     stream = shorten(stream, config.steps_per_epoch)
     controller = None
@@ -106,12 +109,13 @@ def _describe(prepared: PreparedSearch) -> str:
     weights, images = sum(p.numel() for p in subnet.weight_parameters()), len(prepared.data.train)
     resolved = subnet.network.architecture.name
     name = f"{config.arch} = {resolved}" if resolved not in (None, config.arch) else config.arch
+    seen = "" if config.subset == 1 else f"{config.subset:.0%} are seen: "
     steps = prepared.loop["train_stream"].steps_per_epoch
     lines = [
         f"network: {name}, {config.init_channels} channels, {config.layers} cells, {weights / 1e6:.3f} M weights; "
         f"bits {', '.join(map(str, subnet.bits))} for each of {len(subnet.convolutions)} convolutions",
         f"data: {info.name}, {images:,} training images {info.channels}x{info.image_size}x{info.image_size}, "
-        f"{config.train_portion:.0%} of them train weights and bits; {steps} steps an epoch, {config.epochs} epochs",
+        f"{seen}{config.train_portion:.0%} of them train weights and bits; {steps} steps an epoch, {config.epochs} epochs",
         f"cost: {cost.cheapest / 1e9:.4g} to {cost.dearest / 1e9:.4g} G BitOps can be reached",
     ]
     if config.target_bitops is not None:

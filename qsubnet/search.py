@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.engine import cli
 from common.engine.cli import Config, Parser
-from common.recipes.flags import check_architecture, check_data, run_program
+from common.recipes.flags import resolve_bit_search, run_program
 from common.recipes.presets import PRESETS
 
 PROG = "qsubnet/search.py"
@@ -58,7 +58,7 @@ def derive(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> list[str]:
     """Rules across the flags of a bit search."""
-    errors = cli.check_run(config) + cli.check_bits(config)
+    errors = []
     if config.init_from is not None and not config.init_from.is_dir():
         errors.append(f"--init-from: {config.init_from} is no folder; give the folder of a finished training run")
     if config.explicit("bit_mapping"):
@@ -69,13 +69,8 @@ def check(config: Config) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Search as the flags say; the exit code."""
     parser = make_parser()
-    config = cli.resolve(
-        parser,
-        sys.argv[1:] if argv is None else argv,
-        presets=presets(parser),
-        derive=[derive],
-        validate=[check, check_data, check_architecture],
-    )
+    given = sys.argv[1:] if argv is None else argv
+    config = resolve_bit_search(parser, given, presets(parser), derive=[derive], validate=[check])
 
     def work() -> None:
         from common.recipes.search import run_search

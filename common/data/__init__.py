@@ -3,7 +3,7 @@
 
 from common.data.images import DatasetInfo, ImageData, Split, channel_statistics
 from common.data.registry import SHAPES, canonical_name, dataset_names, load, locate
-from common.data.splits import hold_out, split_search
+from common.data.splits import hold_out, split_search, take_subset
 from common.data.streams import Stream, evaluation_batches
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "load",
     "locate",
     "split_search",
+    "take_subset",
 ]

@@ -17,7 +17,7 @@ def split_search(labels: Tensor, portion: float, seed: int, subset: float = 1.0)
     alike, that is looked at in the first place. Raises ValueError (--train-portion) when a part would be empty.
     """
     if subset < 1:
-        kept, _ = _cut(labels, round(subset * len(labels)), seed, "subset")
+        kept = take_subset(labels, subset, seed)
         train, valid = split_search(labels.cpu()[kept], portion, seed)
         return kept[train], kept[valid]
     count = int(portion * len(labels) + 1e-9) if 0 < portion < 1 else 0
@@ -27,6 +27,11 @@ def split_search(labels: Tensor, portion: float, seed: int, subset: float = 1.0)
             "give a share between 0 and 1, such as 0.5"
         )
     return _cut(labels, count, seed, "search")
+
+
+def take_subset(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Sorted int64 indices of round(share x N) images, the same share of each class, of labels int64 [N]."""
+    return _cut(labels, round(share * len(labels)), seed, "subset")[0]
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

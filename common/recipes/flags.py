@@ -120,6 +120,36 @@ def resolve_search(
             cli.check_search,
             check_data,
             check_search_space,
+            check_own_bits,
+            partial(check_launch, command=[parser.prog, *argv]),
+        ],
+    )
+
+
+def resolve_bit_search(
+    parser: Parser,
+    argv: Sequence[str],
+    presets: Mapping[str, Mapping[str, Any]],
+    *,
+    derive: Sequence[Derive] = (),
+    validate: Sequence[Check] = (),
+) -> Config:
+    """Flags of a search of bits for the network that --arch names, checked; more as in `resolve_training`.
+
+    `presets` are those of `cli.resolve`.
+    """
+    return cli.resolve(
+        parser,
+        argv,
+        presets=presets,
+        derive=[derive_search_space, *derive],
+        validate=[
+            *validate,
+            cli.check_run,
+            cli.check_bits,
+            check_data,
+            check_search_space,
+            check_architecture,
             partial(check_launch, command=[parser.prog, *argv]),
         ],
     )
@@ -163,18 +193,27 @@ def _digest(config: Config) -> str:
 
 
 def check_search_space(config: Config) -> list[str]:
-    """Whether --search-space can be used; own operations are searched in full precision only."""
+    """Whether --search-space can be used."""
     if config.search_space is None:
         return []
     from common.recipes.own_space import load_search_space
 
     try:
-        space = load_search_space(config.search_space)
+        load_search_space(config.search_space)
     except ValueError as error:
         return [str(error)]
-    bits = getattr(config, "bits", None)
-    if space.own and bits and list(bits) != [32]:
-        return [f"--search-space: no bits are searched for {space.own[0]}, an operation of your own; give --bits none"]
+    return []
+
+
+def check_own_bits(config: Config) -> list[str]:
+    """Own operations are searched in full precision only: a supernet has no bit logits for them."""
+    if config.search_space is None or not config.bits or list(config.bits) == [32] or check_search_space(config):
+        return []
+    from common.recipes.own_space import load_search_space
+
+    own = load_search_space(config.search_space).own
+    if own:
+        return [f"--search-space: no bits are searched for {own[0]}, an operation of your own; give --bits none"]
     return []
 
 

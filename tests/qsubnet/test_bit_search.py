@@ -15,7 +15,7 @@ import torch
 from common.cost import network_cost
 from common.engine import CheckpointStore, cli, read_json
 from common.nets import build_network, load_architecture
-from common.recipes.flags import check_architecture, check_data, resolve_training, training_parser
+from common.recipes.flags import resolve_bit_search, resolve_training, training_parser
 from common.recipes.presets import PRESETS
 from common.recipes.search import run_search
 from common.recipes.train import run_training
@@ -35,8 +35,7 @@ class Stop(Exception):
 
 def config_of(*flags: str) -> cli.Config:
     parser = make_parser()
-    rules = [check, check_data, check_architecture]
-    return cli.resolve(parser, flags, presets=presets(parser), derive=[derive], validate=rules)
+    return resolve_bit_search(parser, flags, presets(parser), derive=[derive], validate=[check])
 
 
 def search(save: Path | None, *flags: str, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
@@ -115,7 +114,9 @@ def test_all_training_images_train_both(source: Path) -> None:
     whole = prepare_subnet(config_of(*SMOKE, "--steps-per-epoch", "100000"))
     assert whole.loop["train_stream"].steps_per_epoch == 1437 // 16
     part = prepare_subnet(config_of(*SMOKE, "--train-portion", ".75"))
-    assert part.evaluation_indices is not None and len(part.evaluation_indices) == round(0.25 * 1437)
+    assert part.evaluation_indices is not None and len(part.evaluation_indices) == 1437 - int(0.75 * 1437)
+    half = prepare_subnet(config_of(*SMOKE, "--subset", ".5", "--steps-per-epoch", "100000"))
+    assert half.loop["train_stream"].steps_per_epoch == 718 // 16
 
 
 @pytest.mark.parametrize("flags", [(), ("--bits", "2", "4", "8", "--target-bitops", "31M")])
