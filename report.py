@@ -31,7 +31,9 @@ def _parser() -> Parser:
     parser = Parser(prog="report.py", usage="python report.py RUN... [flags]", description="Tables of runs.")
     parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help="run folders, or folders that hold some")
     parser.add_argument("--run", nargs="+", default=[], metavar="RUN", help="the same as RUN")
-    parser.add_argument("--format", type=choice(*_WRITERS), help="default: by the ending of --out, else md")
+    parser.add_argument(
+        "--format", type=choice(*_WRITERS), metavar="|".join(_WRITERS), help="default: by the ending of --out, else md"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to stdout")
     parser.add_argument(
         "--group-by",
@@ -41,7 +43,8 @@ def _parser() -> Parser:
         help=f"a row for each {', '.join(DEFAULT_GROUPS)} (default); choose among {', '.join(GROUP_FIELDS)}",
     )
     parser.add_argument("--pareto", type=picture, metavar="FILE", help="draw accuracy against cost: .svg, .png or .pdf")
-    parser.add_argument("--pareto-x", type=choice(*COSTS), default=next(iter(COSTS)), help="its cost axis")
+    costs, default = "|".join(COSTS), next(iter(COSTS))
+    parser.add_argument("--pareto-x", type=choice(*COSTS), default=default, metavar=costs, help="its cost axis")
     return parser
 
 

@@ -88,7 +88,7 @@ def draw_pareto(rows: Sequence[Row], cost: str, form: str) -> tuple[bytes, list[
         figure = Figure(figsize=(8.0, 5.2), dpi=_PIXELS, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        _frame(axes, points, cost, rows[0])
+        _frame(axes, points, cost, next(row for row in rows if row.trained))
         lines = _paint(axes, points)
         figure.draw_without_rendering()  # sizes of texts are known only then
         _place_names(axes, points, lines)
@@ -110,14 +110,13 @@ def _points(rows: Sequence[Row], cost: str) -> tuple[list[Point], list[str]]:
             )
     methods = sorted({row.common(lambda r: r.method) for row in trained})
     points = []
-    for row, differs in zip(trained, differences(trained), strict=True):
+    for row, name in zip(trained, _names(trained), strict=True):
         (mean, _), x, interval = row.accuracy, row.mean(cost), row.interval
         method = row.common(lambda r: r.method)
         if mean is None or not x:
             left_out.append(f"{row.first.folder}: no {cost if mean is not None else 'accuracy'}")
             continue
         low, high = interval or (mean, mean)
-        name = " ".join([method, row.bits_label, *_words(differs)])
         points.append(Point(x, 100 * mean, 100 * low, 100 * high, name, methods.index(method), row.bits is None))
     if not points:
         raise ValueError(f"--pareto: no finished training with accuracy and {cost} to draw; name training runs")
@@ -129,10 +128,21 @@ def _data(row: Row) -> str:
     return f"{dataset}, image size {image_size}, {n_train} training and {n_test} test images"
 
 
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Method and bits of each row, and what tells it from others of the same: architecture, flags."""
+    heads = [f"{row.common(lambda r: r.method)} {row.bits_label}" for row in rows]
+    names = []
+    for row, head, differs in zip(rows, heads, differences(rows), strict=True):
+        twins = [other for other, same in zip(rows, heads, strict=True) if same == head]
+        several = len({twin.first.architecture for twin in twins}) > 1
+        names.append(" ".join([head, *([row.first.architecture] if several else []), *_words(differs)]))
+    return names
+
+
 def _words(differs: str) -> list[str]:
     """What tells rows apart, short: a word alone where its flag's value is one (`lsq`), numbers with their flag."""
     words = []
-    for part in differs.split(" "):
+    for part in differs.replace("search.", "").split(" "):
         value = part.partition("=")[2]
         words.append(value if value.replace("_", "").isalpha() else part)
     return [word for word in dict.fromkeys(words) if word]

@@ -52,11 +52,11 @@ class Row:
 
     @property
     def accuracies(self) -> list[list[float]]:
-        """Accuracy of each run, as fractions; a list for each search (one for all where nothing was searched)."""
+        """Accuracy of each run, as fractions; a list for each search, or named architecture."""
         groups: dict[str, list[float]] = {}
         for record in self.records:
             if record.accuracy is not None:
-                groups.setdefault(record.search, []).append(record.accuracy)
+                groups.setdefault(record.search or record.architecture, []).append(record.accuracy)
         return list(groups.values())
 
     @property

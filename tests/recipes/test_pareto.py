@@ -109,6 +109,10 @@ def test_words_that_tell_rows_apart_are_short() -> None:
     two = row("one", 1e6, 0.6, settings={"weight_quantizer": "gaussian", "activation_quantizer": "hwgq", "decay": 1.0})
     found = names(draw_pareto([one, two], "bitops", "svg")[0])
     assert {"one 2/2 lsq decay=0.5", "one 2/2 hwgq decay=1 gaussian"} <= found.keys()
+    rows = [row("one", 1e6, 0.5, architecture=name, settings={"search.decay": 1}) for name in ("found", "PC_DARTS")]
+    rows.append(row("one", 1e6, 0.6, (4, 4), architecture="found"))
+    found = names(draw_pareto(rows, "bitops", "svg")[0])
+    assert {"one 2/2 found", "one 2/2 PC_DARTS", "one 4/4"} <= found.keys()
 
 
 def test_what_cannot_be_drawn_is_said() -> None:
