@@ -181,7 +181,7 @@ class Translation(argparse.Action):
 
 
 class _Help(argparse.HelpFormatter):
-    """Aliases once, then the metavar; the default at the end of every line that has one."""
+    """Aliases once, then the metavar; the default at the end of every line that has one; examples as they stand."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, max_help_position=36, **kwargs)
@@ -195,12 +195,18 @@ class _Help(argparse.HelpFormatter):
             return names
         return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}".rstrip()
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(part if part.startswith("    ") else fill(part, width, indent) for part in paragraphs)
+
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
         if (
             default is None
             or default is False
+            or default == []
             or default is argparse.SUPPRESS
             or not action.option_strings
             or "default" in text
