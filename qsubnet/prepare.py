@@ -115,7 +115,8 @@ def _describe(prepared: PreparedSearch) -> str:
         f"network: {name}, {config.init_channels} channels, {config.layers} cells, {weights / 1e6:.3f} M weights; "
         f"bits {', '.join(map(str, subnet.bits))} for each of {len(subnet.convolutions)} convolutions",
         f"data: {info.name}, {images:,} training images {info.channels}x{info.image_size}x{info.image_size}, "
-        f"{seen}{config.train_portion:.0%} of them train weights and bits; {steps} steps an epoch, {config.epochs} epochs",
+        f"{seen}{config.train_portion:.0%} of them train weights and bits; {steps} steps an epoch, "
+        f"{config.epochs} epochs",
         f"cost: {cost.cheapest / 1e9:.4g} to {cost.dearest / 1e9:.4g} G BitOps can be reached",
     ]
     if config.target_bitops is not None:
