@@ -184,6 +184,24 @@ def test_other_settings_are_told_apart_and_named(tmp_path: Path, capsys: pytest.
     assert len(objects(capsys, tmp_path, "--group-by", "method", "bits")) == 1
 
 
+def test_what_most_rows_have_and_what_follows_goes_without_saying(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, flags in (
+        ("a", {}),
+        ("b", {"decay": 0.1, "tenth": 0.01}),
+        ("c", {"decay": 0.0, "tenth": 0.0}),
+        ("d", {"order": 2}),
+        ("e", {"exact": True}),
+    ):
+        usual = {"decay": 1.0, "tenth": 0.1, "order": 1, "exact": False}
+        folder = write_run(tmp_path / name, train_result(340), config=usual | flags)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"sources": {"tenth": "derived"}}))
+    found = [row["differs"] for row in objects(capsys, tmp_path)]
+    assert found == ["", "decay=0.1", "decay=0.0", "order=2", "exact"]
+
+
 def test_search_has_a_row_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "search", search_result(3))
     code, out, _ = run(capsys, folder)
@@ -371,6 +389,7 @@ def test_larger_capacity_is_another_row_of_the_same_table(tmp_path: Path, capsys
         ("found match_bitops=18 (12-13 channels)", "2"),
         ("found", "2"),
     ]
+    assert "(12 channels)" in run(capsys, tmp_path / "large0")[1]
     code, _, err = run(capsys, tmp_path, "--group-by", "method,bits")
     assert code == 2 and "match_bitops 18" in err and "init_channels 8" in err
 

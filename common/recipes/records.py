@@ -56,8 +56,8 @@ class Record:
     """What must agree within a row, as (name, value): network, image size, epochs, number of images."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The flags that make the experiment, its search's as `search.NAME`, without seed and paths."""
-    unset: frozenset[str] = frozenset()
-    """Those of the settings that nobody set: they have their default."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each setting came from: flag, preset NAME, default, derived (from other flags)."""
     device: str = ""
 
 
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Record:
         "seed": fields.integer("seed"),
         "finished": True,
         "settings": _settings(config),
-        "unset": _unset(config),
+        "sources": _sources(config),
         "device": _device(result.get("device")),
     }
     return _search(fields, common) if stage == "search" else _train(fields, common)
@@ -216,7 +216,7 @@ def _architecture(common: Mapping[str, Any], fields: _Fields) -> dict[str, Any]:
         "searched_bits": searched_bits,
         "bit_set": tuple(bits) if searched_bits and isinstance(bits, list) else (),
         "settings": common["settings"] | {f"search.{key}": value for key, value in _settings(origin).items()},
-        "unset": common["unset"] | {f"search.{key}" for key in _unset(origin)},
+        "sources": common["sources"] | {f"search.{key}": value for key, value in _sources(origin).items()},
     }
 
 
@@ -253,9 +253,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {key: True for key in _OTHER_RUNS if kept.get(key)}
 
 
-def _unset(config: Mapping[str, Any]) -> frozenset[str]:
-    sources = config.get("sources") if isinstance(config.get("sources"), dict) else {}
-    return frozenset(key for key, source in sources.items() if source == "default")
+def _sources(config: Mapping[str, Any]) -> dict[str, str]:
+    return config["sources"] if isinstance(config.get("sources"), dict) else {}
 
 
 def _device(value: Any) -> str:

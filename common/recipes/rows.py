@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +170,12 @@ def _telling_settings(records: Sequence[Record]) -> dict[Path, str]:
         known.setdefault(_look(record), set(record.settings)).intersection_update(record.settings)
     texts = {}
     for record in records:
-        silent = record.unset - known[_look(record)]
-        telling = {key: value for key, value in record.settings.items() if value and key not in silent}
+        common = known[_look(record)]
+        telling = {
+            key: value
+            for key, value in record.settings.items()
+            if value and (key in common or record.sources.get(key) != "default")
+        }
         texts[record.folder] = json.dumps(telling, sort_keys=True, default=str)
     return texts
 
@@ -188,16 +193,17 @@ def _look(record: Record) -> tuple[str, str, Any]:
 def differences(rows: Sequence[Row]) -> list[str]:
     """For rows that would look the same (same method, architecture and bits): the flags that tell them apart.
 
-    A flag that is off (none, false) goes without saying.
+    A flag that is off, has the value that most of these rows have, or follows from other flags goes without saying.
     """
     texts = []
     for row in rows:
         twins = [_flags(other) for other in rows if _look(other.first) == _look(row.first)]
         told = []
         for key, value in sorted(_flags(row).items()):
-            values = {json.dumps(twin[key] or None, default=str) for twin in twins if key in twin}
-            lone = key == "match_bitops" and any(key not in twin for twin in twins)
-            if (len(values) > 1 or lone) and value is not None and value is not False:
+            values = Counter(str(twin[key] or None) for twin in twins if key in twin)
+            usual = len(values) == 1 or 2 * values[str(value or None)] > len(twins)
+            silent = value is None or value is False or usual or row.first.sources.get(key) == "derived"
+            if not silent or (key == "match_bitops" and value):  # a size of its own is always told
                 told.append(key if value is True else f"{key}={_short(value)}")
         texts.append(" ".join(told))
     return texts
