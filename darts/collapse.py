@@ -59,7 +59,8 @@ def dominant_eigenvalue(
 ) -> float:
     """The eigenvalue of largest magnitude of the Hessian of `objective(*batch)` in `parameters`, with its sign.
 
-    Power iteration, until the value changes by less than `tolerance` of itself, or for `most` products. A
+    Power iteration that keeps its iterates and takes the best value in the space that they span (Lanczos), so that a
+    dozen products do: it ends when the value changes by less than `tolerance` of itself, or after `most` products. A
     Hessian-vector product is a second backward pass through the gradient's graph, which is built once. Batch norm
     works on the batch, as in the search. Nothing is left behind: buffers come back bit for bit, no random numbers are
     drawn from the global generators, and no `.grad` is touched.
@@ -82,24 +83,24 @@ def dominant_eigenvalue(
 def _power_iteration(
     gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter], tolerance: float, most: int
 ) -> float:
-    generator = torch.Generator().manual_seed(0)
-    vector = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in parameters]
-    value = 0.0
-    for _ in range(most):
-        norm = _dot(vector, vector).sqrt()
-        if not norm > 0:  # the Hessian is zero along every direction that was tried
-            return 0.0
-        vector = [v / norm for v in vector]
-        product = torch.autograd.grad(gradients, parameters, grad_outputs=vector, retain_graph=True)
-        before, value = value, float(_dot(vector, product))
-        if abs(value - before) <= tolerance * abs(value):
+    sizes, shapes = [p.numel() for p in parameters], [p.shape for p in parameters]
+    start = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector, value = (start / start.norm()).to(parameters[0].device), 0.0
+    basis, images = vector.new_empty(0, len(vector)), vector.new_empty(0, len(vector))
+    for _ in range(min(most, len(vector))):
+        parts = [part.view(shape) for part, shape in zip(vector.split(sizes), shapes, strict=True)]
+        along = [part.to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+        product = torch.autograd.grad(gradients, parameters, grad_outputs=along, retain_graph=True)
+        image = torch.cat([part.flatten() for part in product]).double()
+        basis, images = torch.cat([basis, vector[None]]), torch.cat([images, image[None]])
+        found = torch.linalg.eigvalsh(basis @ images.T)
+        before, value = value, float(found[found.abs().argmax()])
+        for _ in range(2):  # once more: what rounding left of the earlier iterates
+            image = image - basis.T @ (basis @ image)
+        if abs(value - before) <= tolerance * abs(value) or not image.norm() > 1e-12 * abs(value):
             break
-        vector = list(product)
+        vector = image / image.norm()
     return value
-
-
-def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
 
 
 def watch(prepared: PreparedSearch) -> dict[str, float]:
