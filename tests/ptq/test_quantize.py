@@ -274,6 +274,15 @@ def test_finished_ones_are_passed_over(
     assert "param_bits: 4 -> 3" in capsys.readouterr().err
 
 
+def test_an_interrupted_one_starts_over_to_the_same_end(source: Path, tmp_path: Path) -> None:
+    flags = ("--quant_method", "tanh", "--resume", "auto")
+    assert run(source, tmp_path / "run", *flags) == 0
+    before = read_json(tmp_path / "run" / "result.json")
+    (tmp_path / "run" / "result.json").unlink()
+    assert run(source, tmp_path / "run", *flags) == 0
+    assert read_json(tmp_path / "run" / "result.json")["metrics"] == before["metrics"]
+
+
 def test_what_does_not_fit_is_refused(
     source: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
