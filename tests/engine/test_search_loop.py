@@ -392,3 +392,38 @@ def test_term_and_controller() -> None:
     run_toy(memory=memory, controller=controller)
     assert controller.count == 20 and controller.moving == 15
     assert memory.resume_state()[0]["controller"]["count"] == 20
+
+
+class BitsAlone(Toy):
+    """The cells are fixed: what were alphas is a weight."""
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        return [*super().weight_parameters(), self.alphas]
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        return []
+
+
+def test_without_architecture_parameters_there_is_one_level() -> None:
+    """One stream and one loss: the weights' and gammas' steps are those of two plain SGDs on it."""
+    model, twin = BitsAlone(), BitsAlone()
+    changes = {"epochs": 3, "arch_begin_epoch": 0, "gamma_learning_rate": 0.05, "grad_clip": 1e9}
+    fall = {"schedule": "step", "step_epochs": 2, "step_factor": 0.1}
+    outcome = run_toy(model, streams=(ToyStream(1, 5), None), **changes, **fall)[1]
+    assert outcome.steps == 15 and "side" not in model.passes
+
+    torch.manual_seed(7)
+    stream, rates = ToyStream(1, 5), {"momentum": 0.9}
+    weights = torch.optim.SGD(twin.weight_parameters(), lr=0.1, weight_decay=3e-4, **rates)
+    gammas = torch.optim.SGD(twin.gamma_parameters(), lr=0.05, weight_decay=1e-3, **rates)
+    for epoch in range(3):
+        weights.param_groups[0]["lr"], gammas.param_groups[0]["lr"] = (0.01, 0.005) if epoch == 2 else (0.1, 0.05)
+        for step in range(5):
+            x, y = stream.batch(epoch, step)
+            weights.zero_grad()
+            gammas.zero_grad()
+            F.cross_entropy(twin(x), y).backward()
+            weights.step()
+            gammas.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
