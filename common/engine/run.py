@@ -61,19 +61,17 @@ class _Identity:
     volatile: frozenset[str]
 
     def fields(self) -> dict[str, Any]:
-        """Every key that matters, with its value."""
+        """Every key that matters, with its value. None is the same as not there: flags may come later."""
         own = {"method": self.method, "stage": self.stage, "dataset": self.dataset, "seed": self.seed}
-        return {**own, **{key: value for key, value in self.config.items() if key not in self.volatile}}
+        matter = {key: value for key, value in self.config.items() if key not in self.volatile and value is not None}
+        return {**own, **matter}
 
     def digest(self) -> str:
         """sha256 of `fields`."""
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
 
     def difference(self, saved: Mapping[str, Any]) -> list[str]:
-        """`key: old -> new` for every key that matters and differs from a saved config.json.
-
-        None is the same as not there: a flag that came later, and is not used, leaves an older run its own.
-        """
+        """`key: old -> new` for every key that matters and differs from a saved config.json (None: as not there)."""
         old = {key: saved.get(key) for key in ("method", "stage", "dataset", "seed")}
         old |= {key: value for key, value in saved["config"].items() if key not in self.volatile}
         new = self.fields()

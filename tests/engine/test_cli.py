@@ -222,6 +222,17 @@ def test_precedence_and_sources(tmp_path: Path) -> None:
     assert config.sources["arch_complexity_decay"] == "derived"
 
 
+def test_what_a_program_fixes_is_no_flag_and_no_preset_moves_it(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="p")
+    parser.add_argument("--a", type=int, default=1)
+    parser.add_argument("--preset")
+    parser.fix(b=2)
+    config = resolve(parser, ["--preset", "x"], presets={"x": {"about": "", "a": 3, "b": 4}})
+    assert (config.a, config.b, config.sources["b"]) == (3, 2, "fixed")
+    assert config.open_among({"a": 5, "b": 5, "c": 5}) == {"c": 5}
+    assert "--b: there is no such flag" in refused(capsys, lambda *argv: resolve(parser, argv), "--b", "1")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -261,6 +261,8 @@ def test_auto_refuses_another_configuration_with_the_difference(tmp_path: Path) 
     assert "lr: 0.1 -> 0.2" in message and 'extra: (not there) -> "x"' in message and "seed: 2 -> 3" in message
     assert "bits" not in message and "epochs" not in message
     assert snapshot(tmp_path / "run") == before
+    with begin(tmp_path / "run", config={"a_later_flag": None}) as run:  # which is not used
+        assert run.resumed_step == 2
     with begin(tmp_path / "run", config={"extra": "x"}, volatile={"extra"}) as run:
         assert run.resumed_step == 2
 
