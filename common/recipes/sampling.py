@@ -22,9 +22,11 @@ from common.nets.architecture import Bits
 from common.nets.darts_space import is_reduction
 from common.nets.sampling import SEARCHED_CELLS, random_bits, random_genotype
 from common.recipes.findings import evaluation_cost
+from common.recipes.own_space import load_search_space
 from common.recipes.searched import read_search, search_config
 from common.recipes.setup import load_data
 from common.recipes.trained import load_trained
+from genotypes import PRIMITIVES
 
 BAND = 0.05
 """Costs count as equal within this share."""
@@ -40,11 +42,12 @@ Slot = tuple[int, int]
 
 @dataclass(frozen=True)
 class Reference:
-    """What draws are compared with: an architecture, the cost of any other at the same size, the bits to draw from."""
+    """What draws are compared with: an architecture, the cost of any other at the same size, and what to draw from."""
 
     architecture: Architecture
     cost: Callable[[Architecture], Cost]
     bits: tuple[int, ...]
+    primitives: tuple[str, ...] = PRIMITIVES
 
 
 def load_reference(run: Path, bits: Sequence[int] | None = None, data: Path | None = None) -> Reference:
@@ -53,12 +56,14 @@ def load_reference(run: Path, bits: Sequence[int] | None = None, data: Path | No
     `bits` are by default those of the search, or all that occur in the trained architecture. `data`: where the images
     lie, if no longer where they did. Raises ValueError that names --like or --bits.
     """
-    architecture = load_architecture(run)
     record = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    if isinstance(record, dict) and record.get("stage") == "train":
+    flags = record.get("config", {}) if isinstance(record, dict) else {}
+    space = flags.get("search_space")
+    primitives = load_search_space(Path(space)).primitives if space else PRIMITIVES
+    architecture = load_architecture(run)
+    if flags and record.get("stage") == "train":
         network, _, info = load_trained(run, flag="--like")
-        architecture = network.architecture
-        build, size = info["build"], info["data"]["image_size"]
+        architecture, build, size = network.architecture, info["build"], info["data"]["image_size"]
         cost: Callable[[Architecture], Cost] = lambda other: network_cost(build_network(other, **build), size)  # noqa: E731
         known = _occurring(architecture.bits)
     else:
@@ -69,7 +74,7 @@ def load_reference(run: Path, bits: Sequence[int] | None = None, data: Path | No
     chosen = tuple(sorted(set(bits or known)))
     if len(chosen) < 2:
         raise ValueError(f"--like {run}: its bits are {chosen or 'none'}, nothing to draw from; give --bits 2 4")
-    return Reference(architecture, cost, chosen)
+    return Reference(architecture, cost, chosen, primitives)
 
 
 def _occurring(policy: BitPolicy | None) -> tuple[int, ...]:
@@ -92,7 +97,7 @@ def draw(reference: Reference, *, keep: str, seed: int) -> Architecture:
     for _ in range(_DRAWS):
         cells = own
         if keep == "none":
-            cells = random_genotype(generator, nodes=len(own.normal) // 2, multiplier=len(own.normal_concat))
+            cells = random_genotype(generator, reference.primitives, len(own.normal) // 2, len(own.normal_concat))
         policy = random_bits(Architecture(cells), bits, generator, layers)
         policy = replace(policy, mapping=known.mapping if known is not None else "relative")
         cost = reference.cost(Architecture(cells, policy))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def test_draws_stay_as_random_as_the_cost_allows() -> None:
     for operand in ("weight", "activation"):
         share = counts[operand, 2] / (counts[operand, 2] + counts[operand, 4])
         assert 0.45 < share < 0.7
+
+
+def test_cells_are_drawn_from_the_searchs_own_candidates() -> None:
+    drawn = draw(replace(reference(), primitives=("none", "sep_conv_3x3", "skip_connect")), keep="none", seed=0)
+    assert {primitive for primitive, _ in drawn.genotype.normal + drawn.genotype.reduce} == {
+        "sep_conv_3x3",
+        "skip_connect",
+    }
 
 
 def test_a_cost_out_of_reach_is_refused() -> None:
