@@ -1,36 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job as a user runs it: search -> train -> evaluate -> cost -> picture -> report, each its own process.
-
-Also every command and code block of README.md and docs/: the files exist, the flags parse, the Python runs.
-"""
+"""The main job as a user runs it: search -> train -> evaluate -> cost -> picture -> report, each its own process."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from common.nets import load_architecture
+from tests.helpers.programs import python
 
-ENTRY_POINTS = ("qdarts/search.py", "qdarts/train.py", "evaluate.py", "visualize.py", "report.py", "doctor.py")
-
-
-def python(root: Path, *arguments: str | Path, cwd: Path, code: int = 0) -> str:
-    """Run the project's Python with these arguments; its stdout, once the exit code is as expected."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+METHODS = ("qdarts", "darts", "ptq", "fbqat", "qsubnet")
+ENTRY_POINTS = (
+    *(f"{method}/{stage}.py" for method in METHODS for stage in ("search", "train")),
+    *("ptq/quantize.py", "evaluate.py", "visualize.py", "report.py", "sweep.py", "doctor.py"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,60 +102,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
     said = python(root, "-c", code, cwd=tmp_path)
     assert "usage" in said.lower()
-
-
-def _blocks(language: str) -> list[tuple[str, str]]:
-    root = Path(__file__).resolve().parents[1]
-    files = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted(root.glob("*/README.md"))]
-    found = []
-    for file in files:
-        if "oracles" not in file.parts:
-            text = file.read_text(encoding="utf-8")
-            found += [(file.name, block) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
-    return found
-
-
-def test_the_files_that_the_documents_name_exist(root: Path) -> None:
-    for name, block in _blocks("bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            scripts = [w for w in words if re.fullmatch(r"[\w/]+\.(py|sh)", w)]
-            modules = [words[i + 1] for i, w in enumerate(words[:-1]) if w == "-m"]
-            for script in scripts:
-                assert (root / script).is_file(), f"{name}: {line}"
-            for module in modules:
-                assert (root / module.replace(".", "/")).exists() or (
-                    root / f"{module.replace('.', '/')}.py"
-                ).is_file(), line
-
-
-def _documented() -> list[str]:
-    """Every documented call of a search or training, cut to its flags."""
-    lines = []
-    for _, block in _blocks("bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            if re.match(r"python (-m )?qdarts[./](search|train)", line.strip()):
-                lines.append(line.strip())
-    return sorted(set(lines))
-
-
-@pytest.mark.parametrize("line", _documented())
-def test_documented_flags_parse(root: Path, tmp_path: Path, chain: dict[str, Path], line: str) -> None:
-    """--print-config runs the whole of flag handling: presets, files, cross checks."""
-    words = [
-        str(chain["found"]) if w.startswith("runs/") or w == "RUN" else w for w in shlex.split(line, comments=True)[1:]
-    ]
-    words = [str(tmp_path) if w == "DIR" else w for w in words]
-    if words[0] != "-m":
-        words[0] = str(root / words[0])
-    assert "learning_rate" in python(root, *words, "--print-config", cwd=root)
-
-
-@pytest.mark.parametrize("name, block", _blocks("python"))
-def test_documented_python_runs(root: Path, tmp_path: Path, name: str, block: str) -> None:
-    if "def " in block and "import" not in block:
-        pytest.skip("a fragment")
-    python(root, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{block}", cwd=tmp_path)
 
 
 def test_the_table_in_the_readme_is_the_measured_one(root: Path) -> None:

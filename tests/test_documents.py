@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command and code block of README.md, docs/ and the folders' READMEs: files exist, flags parse, all of it runs.
+
+The quick tests read the flags as the programs do; the slow one runs the commands one after the other at smoke size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.programs import python
+
+METHODS = ("qdarts", "darts", "ptq", "fbqat", "qsubnet")
+ROOT = Path(__file__).resolve().parents[1]
+# Appended to a documented command, so that it takes seconds; later flags win.
+SMALL = ["--preset", "smoke", "--dataset", "digits", "--epochs", "1", "--batch-size", "16", "--steps-per-epoch", "1"]
+# Reachable by every search at smoke size.
+TARGET = "32692634"
+
+
+def documents() -> list[Path]:
+    """Everything that a user reads."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / m / "README.md" for m in METHODS)]
+
+
+def blocks(language: str) -> list[tuple[Path, str]]:
+    """The fenced blocks of a language, with the document that each stands in."""
+    found = []
+    for file in documents():
+        text = file.read_text(encoding="utf-8")
+        found += [(file, block) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+    return found
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of every command in a bash block."""
+    lines = (shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines())
+    return [words for words in lines if words]
+
+
+def documented(pattern: str) -> list[list[str]]:
+    """Every documented `python PROGRAM ...` whose program matches, each once."""
+    found: dict[str, list[str]] = {}
+    for _, block in blocks("bash"):
+        for words in commands(block):
+            if words[0] == "python" and len(words) > 1 and re.fullmatch(pattern, words[1]):
+                found.setdefault(shlex.join(words), words)
+    return list(found.values())
+
+
+def titled(words: list[str]) -> str:
+    """A short name of a test."""
+    return " ".join(words[1:])[:70]
+
+
+def files_written_in_documents() -> dict[str, str]:
+    """Example files that a document shows: `name.py` in its text, the next python block its content."""
+    found = {}
+    for file in documents():
+        text = file.read_text(encoding="utf-8")
+        for name, block in re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL):
+            found[name] = block
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ the runs
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A joint search, a full-precision training, and a search of bits, at smoke size."""
+    place = tmp_path_factory.mktemp("documents")
+    few = ["--preset", "smoke", "--epochs", "1", "--no-tensorboard"]
+    python(root, root / "qdarts/search.py", *few, "--save", "joint", cwd=place)
+    python(root, root / "darts/train.py", *few, "--arch", "PC_DARTS", "--save", "trained", cwd=place)
+    python(root, root / "qsubnet/search.py", *few, "--arch", "PC_DARTS", "--save", "bits", cwd=place)
+    (place / "gamma_checkpoint.t7").write_bytes(b"")
+    for name, content in files_written_in_documents().items():
+        (place / name).write_text(content, encoding="utf-8")
+    return {name: place / name for name in ("joint", "trained", "bits")} | {"place": place}
+
+
+def filled(words: list[str], runs: dict[str, Path]) -> list[str]:
+    """The words behind `python`, with RUN, DIR and the like put in."""
+    program, text = words[1], " ".join(words)
+    needs_training = "--init-from" in words or re.search(r"quantize|evaluate|report", program)
+    result = []
+    for word in words[1:]:
+        if word == "DIR":
+            word = str(runs["place"])
+        elif word == "RUN" or re.fullmatch(r"runs/[\w-]+/RUN", word):
+            bits = "qsubnet-search" in word or program == "qsubnet/train.py"
+            word = str(runs["trained" if needs_training or "-train/" in word else "bits" if bits else "joint"])
+        elif word == "gamma_checkpoint.t7" or word in files_written_in_documents():
+            word = str(runs["place"] / word)
+        result.append(word)
+    assert "RUN" not in result, text
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ the tests
+
+
+def test_the_files_that_the_documents_name_exist(root: Path) -> None:
+    shown = files_written_in_documents()
+    for file, block in blocks("bash"):
+        for words in commands(block):
+            scripts = [w for w in words if re.fullmatch(r"[\w/]+\.(py|sh)", w) and w not in shown]
+            modules = [words[i + 1] for i, w in enumerate(words[:-1]) if w == "-m"]
+            for name in [*scripts, *(m.replace(".", "/") for m in modules)]:
+                assert (root / name).exists() or (root / f"{name}.py").is_file(), f"{file.name}: {words}"
+
+
+def test_every_method_has_a_readme_and_a_section(root: Path) -> None:
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for method in METHODS:
+        assert f"### {method}:" in readme and f"({method}/README.md)" in readme
+        assert (root / method / "README.md").is_file()
+
+
+@pytest.mark.parametrize("words", documented(r"\w+/(search|train|quantize)\.py"), ids=titled)
+def test_documented_flags_parse(
+    words: list[str],
+    runs: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """--print-config runs the whole of flag handling: presets, files, cross checks."""
+    program, *flags = filled(words, runs)
+    # a folder that an earlier command of the same block would have made
+    flags = [str(runs["trained"]) if re.fullmatch(r"runs/[\w-]+", f) and flags[i - 1] != "--save" else f
+             for i, f in enumerate(flags)]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(program.removesuffix(".py").replace("/", ".")).main([*flags, "--print-config"])
+    assert stopped.value.code == 0, capsys.readouterr().err
+    assert "threads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file, block", blocks("python"), ids=lambda value: getattr(value, "name", "block"))
+def test_documented_python_runs(root: Path, tmp_path: Path, file: Path, block: str) -> None:
+    if "def " in block and "import" not in block:
+        pytest.skip("a fragment")
+    python(root, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{block}", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_documented_commands_run(root: Path, runs: dict[str, Path]) -> None:
+    """Each block in its order and in one folder, so that what one command leaves is there for the next."""
+    done = set()
+    for _, block in blocks("bash"):
+        for words in commands(block):
+            kind = re.fullmatch(r"\w+/(search|train|quantize)\.py|(evaluate|report|visualize|doctor)\.py|-m", words[1])
+            if words[0] != "python" or kind is None or "gamma_checkpoint.t7" in words:
+                continue  # scripts, sweeps and the import of bits have tests of their own
+            arguments = filled(words, runs)
+            if "--target-bitops" in arguments:
+                arguments[arguments.index("--target-bitops") + 1] = TARGET
+            if kind.group(1) in ("search", "train"):
+                arguments += [*SMALL, "--no-tensorboard"]
+                arguments += ["--warmup-epochs", "0"] if re.match(r"(qdarts|darts|ptq|fbqat)/search", words[1]) else []
+            if (key := shlex.join(arguments)) in done:
+                continue
+            done.add(key)
+            if arguments[0] != "-m":
+                arguments[0] = str(root / arguments[0])
+            python(root, *arguments, cwd=root if arguments[0] == "-m" else runs["place"])
+    assert len(done) > 40
