@@ -8,7 +8,8 @@
 #   --full    the slow tests too
 #   examples: bash scripts/test.sh tests/quant        bash scripts/test.sh -x -k resume
 #
-# The last line is pytest's own summary and the exit code is pytest's.
+# Test files run side by side, one a core, at most four (`-n 0`: one after the other, for a debugger). The last line is
+# pytest's own summary and the exit code is pytest's.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -17,7 +18,7 @@ arguments=()
 for argument in "$@"; do
     case $argument in
         --full) selection=() ;;
-        -h | --help) sed -n '4,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '4,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) arguments+=("$argument") ;;
     esac
 done
@@ -29,4 +30,5 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 started_from=$PWD
 cd "$ROOT"
 if [ "$started_from" != "$ROOT" ] && [ ${#arguments[@]} -gt 0 ]; then echo "test: paths are relative to $ROOT"; fi
-exec "$ROOT/.venv/bin/python" -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+cores=$(nproc)
+exec "$ROOT/.venv/bin/python" -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
