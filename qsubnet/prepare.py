@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.data import ImageData, Stream, split_search, take_subset
+from common.data import ImageData, split_search, take_subset
 from common.engine import seed_everything
 from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import build_network, load_architecture
 from common.recipes.search_setup import PreparedSearch, cost_term, target_controller
-from common.recipes.setup import load_data, prepare_torch, share, shorten, stem_of
+from common.recipes.setup import load_data, prepare_torch, shorten, stem_of, training_stream
 from common.recipes.train import start_from
 from qsubnet.cost import SubnetCost
 from qsubnet.subnet import Subnet
@@ -60,19 +60,7 @@ def _loop_arguments(
         kept, held = split_search(labels, config.train_portion, config.seed, config.subset)
     elif config.subset < 1:
         kept = take_subset(labels, config.subset, config.seed)
-    stream = Stream(
-        data.train,
-        data.info,
-        indices=kept,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        name="search-train",
-        augment=True,
-        cutout=config.cutout_length if config.cutout else None,
-        device=device,
-        **share(),
-    )
-    stream = shorten(stream, config.steps_per_epoch)
+    stream = shorten(training_stream(config, data, device, "search-train", kept), config.steps_per_epoch)
     controller = None
     if config.target_bitops is not None:
         controller = target_controller(config, subnet, cost, config.epochs * stream.steps_per_epoch).to(device)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from common.cost import ExpectedCost
 from common.cost.target import TargetController, push_scale
-from common.data import ImageData, Stream, split_search
+from common.data import ImageData, split_search
 from common.engine import CheckpointStore, read_json, seed_everything
 from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import Supernet, build_supernet
 from common.recipes.own_space import load_search_space
-from common.recipes.setup import load_data, prepare_torch, share, shorten, stem_of
+from common.recipes.setup import load_data, prepare_torch, shorten, stem_of, training_stream
 from genotypes import PRIMITIVES
 
 
@@ -99,18 +99,7 @@ def _loop_arguments(
     """The streams over the two parts of the training set, the settings, and the cost terms with their controller."""
     parts = split_search(data.train.labels, config.train_portion, config.seed, config.subset)
     streams = [
-        Stream(
-            data.train,
-            data.info,
-            indices=indices,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            name=name,
-            augment=True,
-            cutout=config.cutout_length if config.cutout else None,
-            device=device,
-            **share(),
-        )
+        training_stream(config, data, device, name, indices)
         for name, indices in zip(("search-train", "search-valid"), parts, strict=True)
     ]
     train_stream = shorten(streams[0], config.steps_per_epoch)

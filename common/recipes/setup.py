@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.data import ImageData, load
+from common.data import ImageData, Stream, load
 from common.engine import Run, distributed
 from common.engine.cli import VOLATILE, Config
 from common.engine.protocols import BatchStream
@@ -45,9 +45,23 @@ def prepare_torch(config: Config) -> torch.device:
     return distributed.join(kind) if distributed.launched() else torch.device(kind)
 
 
-def share() -> dict[str, int]:
-    """This process's part of a stream: its rank, and how many there are."""
-    return {"rank": distributed.rank(), "ranks": distributed.world_size()}
+def training_stream(
+    config: Config, data: ImageData, device: torch.device, name: str, indices: Tensor | None = None
+) -> Stream:
+    """The augmented batches of the training set (or of a part of it) that this process works on, as the flags say."""
+    return Stream(
+        data.train,
+        data.info,
+        indices=indices,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        name=name,
+        augment=True,
+        cutout=config.cutout_length if config.cutout else None,
+        device=device,
+        rank=distributed.rank(),
+        ranks=distributed.world_size(),
+    )
 
 
 def load_data(config: Config, say: Callable[[str], None] = print) -> ImageData:

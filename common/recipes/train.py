@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import Cost, network_cost
-from common.data import DatasetInfo, ImageData, Stream, evaluation_batches, hold_out
+from common.data import DatasetInfo, ImageData, evaluation_batches, hold_out
 from common.engine import read_json, seed_everything
 from common.engine.cli import Config
 from common.engine.progress import duration
@@ -25,7 +25,7 @@ from common.engine.protocols import BatchStream
 from common.engine.train_loop import TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
 from common.recipes.matching import match_channels, matching_text
-from common.recipes.setup import load_data, open_run, prepare_torch, share, shorten, stem_of
+from common.recipes.setup import load_data, open_run, prepare_torch, shorten, stem_of, training_stream
 from common.recipes.trained import (
     EVALUATION_BATCH,
     cost_text,
@@ -210,18 +210,7 @@ def _streams(prepared: Prepared) -> tuple[BatchStream, Callable[[nn.Module], dic
     kept, held = None, None
     if config.val_fraction:
         kept, held = hold_out(data.train.labels, config.val_fraction, config.seed)
-    stream = Stream(
-        data.train,
-        data.info,
-        indices=kept,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        name="train",
-        augment=True,
-        cutout=config.cutout_length if config.cutout else None,
-        device=device,
-        **share(),
-    )
+    stream = training_stream(config, data, device, "train", kept)
     if held is None:
         return shorten(stream, config.steps_per_epoch), None
 
