@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.engine.bilevel import Batch
 from common.engine.cli import Config
 from common.engine.search_loop import Objective
+from common.recipes.findings import count_skips
 from common.recipes.search import SearchHooks
 from common.recipes.search_setup import PreparedSearch
 
@@ -41,11 +42,6 @@ class BetaDecay:
         """The term for a model with `alphas_normal` and `alphas_reduce`, [edges, primitives] each."""
         edges = torch.cat([model.alphas_normal, model.alphas_reduce])
         return self.strength * edges.logsumexp(-1).mean()
-
-
-def count_skips(pairs: Sequence[Sequence[Any]]) -> int:
-    """Skip connections among a cell's (primitive, state) pairs."""
-    return sum(name == "skip_connect" for name, _ in pairs)
 
 
 def dominant_eigenvalue(

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = resolved(sys.argv[1:] if argv is None else argv)
 
     def work() -> None:
-        from common.recipes.post_training import run_post_training
+        from ptq.post_training import run_post_training
 
         run_post_training(config, method="ptq")
 

@@ -43,8 +43,9 @@ def prepare_subnet(config: Config) -> PreparedSearch:
         device
     )
     cost = SubnetCost(subnet, info.image_size, accounting=config.cost_accounting).to(device)
-    loop, held = _loop_arguments(config, data.to(device), subnet, cost, device)
-    prepared = PreparedSearch(config, device, data.to(device), subnet, cost, loop, held, notes)
+    data = data.to(device)
+    loop, held = _loop_arguments(config, data, subnet, cost, device)
+    prepared = PreparedSearch(config, device, data, subnet, cost, loop, held, notes)
     prepared.notes.insert(0, _describe(prepared))
     if config.compile:
         subnet.compile()

@@ -203,7 +203,7 @@ def add_bit_search_flags(parser: Parser) -> None:
     add = _Group(parser, "search")
     _add_bit_logits(add)
     add.value("--init-from", Path, None, "RUN", "start from the weights of a trained run")
-    _add_cost(_Group(parser, "cost"), "in the loss", 0.00335)
+    _add_cost(_Group(parser, "cost"), "in the loss", 0.0)
 
 
 def _add_bit_logits(add: _Group) -> None:

@@ -19,7 +19,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "search_parser",
         "training_parser",
     ),
-    "post_training": ("run_post_training",),
     "presets": ("PRESETS", "Preset", "presets_for"),
     "train": ("run_training",),
     "trained": ("evaluate_network", "load_trained", "mean_bits"),

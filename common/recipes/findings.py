@@ -55,21 +55,27 @@ def parameter_free_share(architecture: Architecture) -> float:
     return sum(free) / len(free)
 
 
+def count_skips(pairs: Sequence[Sequence[Any]]) -> int:
+    """Skip connections among a cell's (primitive, state) pairs."""
+    return sum(name == "skip_connect" for name, _ in pairs)
+
+
 def skip_shares(architecture: Architecture) -> dict[str, float]:
     """Share of skip connections among the operations of both cells, and of each: where a search collapses, it grows."""
     cells = {"normal": architecture.genotype.normal, "reduce": architecture.genotype.reduce}
-    skips = {kind: sum(name == "skip_connect" for name, _ in pairs) for kind, pairs in cells.items()}
+    skips = {kind: count_skips(pairs) for kind, pairs in cells.items()}
     shares = {f"skip_share_{kind}": skips[kind] / len(pairs) for kind, pairs in cells.items()}
     return {"skip_share": sum(skips.values()) / sum(map(len, cells.values())), **shares}
 
 
 def collapse_warning(row: dict[str, Any]) -> str | None:
     """What is said of a normal cell half of whose operations, or more, are skip connections; else None."""
-    share, count = row["skip_share_normal"], len(row["genotype"]["normal"])
-    if row["alphas"] is None or share < 0.5:
+    pairs = row["genotype"]["normal"]
+    skips = count_skips(pairs)
+    if row["alphas"] is None or 2 * skips < len(pairs):
         return None
     return (
-        f"warning: {round(share * count)} of {count} operations of the normal cell are skip connections: the search "
+        f"warning: {skips} of {len(pairs)} operations of the normal cell are skip connections: the search "
         "has collapsed, as differentiable searches do, and such cells train badly; try fewer epochs or another seed"
     )
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from common.engine.search_loop import Objective
 from common.nets import Supernet, build_supernet
-from darts.collapse import BetaDecay, count_skips, dominant_eigenvalue
+from common.recipes.findings import count_skips
+from darts.collapse import BetaDecay, dominant_eigenvalue
 
 BATCH = (torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1, 2, 1]))
 

@@ -169,9 +169,10 @@ def test_a_search_says_its_skips_and_its_genotype(found: Path) -> None:
 
 def test_the_warning_of_a_collapsed_cell() -> None:
     cell = [["skip_connect", 0], ["sep_conv_3x3", 1]] * 4
-    row = {"genotype": {"normal": cell}, "alphas": {"normal": []}, "skip_share_normal": 0.5}
+    row = {"genotype": {"normal": cell}, "alphas": {"normal": []}}
     assert "4 of 8 operations of the normal cell are skip connections" in (collapse_warning(row) or "")
-    assert collapse_warning(row | {"skip_share_normal": 3 / 8}) is None
+    less = {"genotype": {"normal": [["max_pool_3x3", 0], *cell[1:]]}}
+    assert collapse_warning(row | less) is None
     assert collapse_warning(row | {"alphas": None}) is None  # cells that nobody searched do not collapse
     assert skip_shares(load_architecture("PC_DARTS")) == {
         "skip_share": 1 / 16,

@@ -20,9 +20,8 @@ from common.data import DatasetInfo, ImageData, Split, evaluation_batches, hold_
 from common.engine import read_json
 from common.nets import OPERATIONS, load_architecture
 from common.quant import CALIBRATED_METHODS, QuantConv2d, QuantLinear
-from common.recipes import post_training
 from common.recipes.trained import load_trained
-from ptq import quantize, train
+from ptq import post_training, quantize, train
 
 
 @pytest.fixture(autouse=True, scope="module")
