@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.cost.target import within
+from common.cost.target import movable_error, within
 from common.data import evaluation_batches
 from common.engine import Run, plain, read_json
 from common.engine.cli import Config
@@ -23,6 +23,7 @@ from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
 from common.engine.search_loop import SearchLoop, SearchOutcome, Term, search
 from common.nets import Architecture, Supernet, genotype_to_json
+from common.recipes.elapsed import time_before
 from common.recipes.findings import (
     collapse_warning,
     epoch_row,
@@ -155,13 +156,15 @@ def _conclude(
     if warning := collapse_warning(row):
         run.log(warning)
     steered = float(prepared.cost.exact(model))
-    reached = None
+    reached = movable = None
     if config.target_bitops is not None:
         reached = within(steered, config.target_bitops)
+        movable = movable_error(steered, config.target_bitops, prepared.cost.ends)
         run.log(
             f"target {config.target_bitops / 1e9:.4g} G BitOps: "
             + ("reached" if reached else "NOT reached (it counts within 10%)")
-            + f", the found network has {steered / 1e9:.4g} G ({steered / config.target_bitops - 1:+.1%})"
+            + f", the found network has {steered / 1e9:.4g} G ({steered / config.target_bitops - 1:+.1%}; "
+            f"{movable:+.1%} of the part that choices can move)"
         )
     found = evaluation_cost(config, data, architecture)
     run.log(f"found network: {cost_text(found)}\ntrain it:\n  {command}")
@@ -177,8 +180,10 @@ def _conclude(
         "steered_bitops": steered,
         "target_bitops": config.target_bitops,
         "target_reached": reached,
+        "target_error_movable": movable,
         "cost": found.to_json(),
         "train_command": command,
+        **time_before(config, "search"),
     }
 
 

@@ -24,6 +24,7 @@ from common.engine.progress import duration
 from common.engine.protocols import BatchStream
 from common.engine.train_loop import TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
+from common.recipes.elapsed import time_before
 from common.recipes.matching import match_channels, matching_text
 from common.recipes.setup import load_data, open_run, prepare_torch, shorten, stem_of, training_stream
 from common.recipes.trained import (
@@ -305,17 +306,8 @@ def _result(prepared: Prepared, epochs: int, steps: int, selected: int, row: dic
         **final,
         "matched": prepared.matched,
         "architecture": prepared.architecture.name or config.arch,
-        "search_seconds": _search_seconds(config.arch),
+        **time_before(config, "train"),
     }
-
-
-def _search_seconds(arch: str) -> float | None:
-    """How long the search took that --arch names; None for a name or a file."""
-    path = Path(arch) / "result.json"
-    if not path.is_file():
-        return None
-    result = read_json(path)
-    return result.get("seconds") if isinstance(result, dict) and result.get("stage") == "search" else None
 
 
 def result_text(result: dict[str, Any]) -> str:

@@ -80,6 +80,7 @@ def test_the_result_says_everything(found: Path, source: Path) -> None:
     for name in ("architecture", "cells_svg", "cells_png", "history", "metrics"):
         assert (found / result["artefacts"][name]).stat().st_size > 0, name
     assert read_json(found / "config.json")["sources"]["arch"] == "derived"
+    assert result["before_seconds"] == read_json(source / "result.json")["seconds"]
 
 
 def test_a_strong_cost_takes_all_convolutions_to_the_fewest_bits(found: Path) -> None:
@@ -87,13 +88,15 @@ def test_a_strong_cost_takes_all_convolutions_to_the_fewest_bits(found: Path) ->
     assert architecture.bits is not None and set(architecture.bits.layers.values()) == {(2, 2)}
 
 
-def test_the_printed_command_trains_it(found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_printed_command_trains_it(found: Path, source: Path, tmp_path: Path) -> None:
     command = shlex.split(read_json(found / "result.json")["train_command"])
     assert Path(command[1]).parts[-2:] == ("qsubnet", "train.py")
     assert train_main([*command[2:], "--device", "cpu", "--no-tensorboard", "--save", str(tmp_path / "run")]) == 0
     result = read_json(tmp_path / "run" / "result.json")
     assert result["cost"] == read_json(found / "result.json")["cost"] and result["method"] == "qsubnet"
-    assert result["bits_mean"] == {"weight": 2.0, "activation": 2.0} and result["search_seconds"] is not None
+    assert result["bits_mean"] == {"weight": 2.0, "activation": 2.0}
+    assert result["search_seconds"] == read_json(found / "result.json")["seconds"]
+    assert result["before_seconds"] == read_json(source / "result.json")["seconds"]
 
 
 def test_init_from_keeps_every_weight(source: Path) -> None:
@@ -172,6 +175,7 @@ def test_defaults_are_the_reference_s() -> None:
         (("--init-from", "nowhere"), "--init-from: nowhere is no folder"),
         (("--arch", "PC_DRTS"), "--arch: "),
         (("--unrolled",), "there is no such flag"),
+        (("--target-bitops", "31M", "--cd", "0"), "--target-bitops: needs a cost weight"),
     ],
 )
 def test_what_does_not_fit_is_named(flags: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
