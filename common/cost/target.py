@@ -15,7 +15,7 @@ standing error against a standing push of the loss within the width, and winds n
 multiplier is zero. It is negative below the target, where spending is rewarded: the loss alone hardly moves gammas.
 
 A change of one operation can move the cost by a fifth, in the last step too. So in the last part of the search, from
-the first step on at which the cost is right, the architecture is held and only the bits go on.
+the first step on at which the cost is right (again without the ends), the architecture is held and only the bits go on.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class TargetController(nn.Module):
         self.exact.copy_(exact)
         self.error.copy_(error)
         self.steps += 1
-        on_target = ((exact / self.target).log().abs() < self.width) & (self.steps >= self.hold_step)
+        on_target = (raw.abs() < self.width) & (self.steps >= self.hold_step)
         self.hold.copy_(torch.maximum(self.hold, on_target.to(self.hold.dtype)))
         self.multiplier.copy_(self.scale * self.gain * ((error + self.lead * slope) / self.width).clamp(-1, 1))
 
@@ -128,6 +128,11 @@ class TargetController(nn.Module):
 def within(exact: float, target: float) -> bool:
     """Whether a cost counts as the target."""
     return abs(exact / target - 1) <= BAND + 1e-9
+
+
+def movable_error(exact: float, target: float, ends: float) -> float:
+    """How far (as a share) the part of the cost that choices move is from what the target leaves for it."""
+    return (exact - ends) / (target - ends) - 1
 
 
 def push_scale(term: Tensor, gammas: list[nn.Parameter], *, weight: float, rate: float, total_steps: int) -> float:

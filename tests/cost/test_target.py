@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.cost.target import TargetController, push_scale, within
+from common.cost.target import TargetController, movable_error, push_scale, within
 
 
 class ToySearch(nn.Module):
@@ -142,6 +142,18 @@ def test_only_the_part_that_can_move_counts() -> None:
     controller = TargetController(cost, 100.0, total_steps=100)
     controller.update(nn.Identity())
     assert float(controller.error) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("value, held", [(103.0, False), (100.3, True), (98.0, False)])
+def test_ends_do_not_hold_the_architecture(value: float, held: bool) -> None:
+    """A stem of 90 of 100 BitOps: 103 is 3% above the target, but 30% of what choices can move."""
+    cost = FixedCost()
+    cost.ends, cost.value = 90.0, torch.tensor(value, dtype=torch.float64)
+    controller = TargetController(cost, 100.0, total_steps=100)
+    for _ in range(100):
+        controller.update(nn.Identity())
+    assert bool(controller.hold) == held
+    assert movable_error(value, 100.0, cost.ends) == pytest.approx((value - 100) / 10)
 
 
 def test_scale_moves_a_choice_in_a_tenth_of_the_search() -> None:
