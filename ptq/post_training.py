@@ -27,6 +27,7 @@ from common.engine.cli import Config
 from common.nets import Network, build_network
 from common.quant import FLOAT_BITS, CalibratedQuantizer, QuantConv2d, QuantLinear, fold_normalization
 from common.quant.quantizers import ACTIVATION_QUANTIZERS, make_quantizer
+from common.recipes.elapsed import as_list, parts_of
 from common.recipes.setup import load_data, open_run, prepare_torch
 from common.recipes.train import result_text
 from common.recipes.trained import cost_text, final_figures, load_trained, network_state
@@ -88,7 +89,7 @@ def run_post_training(config: Config, *, method: str) -> list[dict[str, Any]]:
     results = []
     for pair in pairs:
         one = Config(**vars(config) | {"param_bits": pair[0], "fwd_bits": pair[1], "tensorboard": False})
-        one.source_digest = source.info["digest"]  # another training at the same place is another experiment
+        one.source_digest = source.info["state_digest"]  # another training at the same place is another experiment
         if config.save is not None and len(pairs) > 1:
             one.save = config.save / "w{}a{}".format(*pair)
         results.append(_quantize(source, one, calibration, method))
@@ -159,15 +160,18 @@ def _quantize(source: Source, config: Config, calibration: Callable[[], Calibrat
 
 def _result(source: Source, config: Config, final: dict[str, Any]) -> dict[str, Any]:
     """As of a training, so that the rows of one network stand together."""
-    kept = ("epochs", "steps", "selected_epoch", "n_train", "architecture", "search_seconds")
+    kept = ("epochs", "steps", "selected_epoch", "n_train", "architecture")
+    times = ("search_seconds", "before_seconds", "before_search_seconds")
     final["network"]["folded"] = config.bn_bits is None
     return {
-        **{name: source.result.get(name) for name in kept},
+        **{name: source.result.get(name) for name in (*kept, *times)},
+        "steps_per_epoch": source.flags.get("steps_per_epoch"),
         **final,
         "quant_method": config.quant_method,
         "fp32_top1": source.result["metrics"]["test_top1"],
         "source": str(source.run),
         "source_seconds": source.result["seconds"],
+        "started_from": as_list(parts_of(source.run) or {}),
     }
 
 

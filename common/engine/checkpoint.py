@@ -130,6 +130,11 @@ class CheckpointStore:
             return state, {**meta, "path": str(path)}
         return None
 
+    def newest_digest(self) -> str | None:
+        """sha256 of the state in the newest valid checkpoint, None when there is none."""
+        newest = next(self._valid(), None)
+        return None if newest is None else state_digest(_verified(newest)[1])
+
     def steps(self) -> list[int]:
         """The step numbers of the checkpoints that lie there, valid or not, ascending."""
         return sorted({_parse(path)[0] for path in self._newest_first()})
@@ -221,6 +226,11 @@ class CheckpointStore:
         """Remove what a killed process left half-written. The run's lock makes this process the only writer."""
         for path in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def state_digest(meta: dict[str, Any]) -> str:
+    """sha256 of the state that a checkpoint's meta belongs to."""
+    return meta["files"][STATE]["sha256"]
 
 
 def check_loadable(value: Any, name: str = "state") -> None:

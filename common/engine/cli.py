@@ -48,6 +48,7 @@ __all__ = [
     "check_bits",
     "check_run",
     "check_search",
+    "check_target",
     "check_train",
     "choice",
     "derive_search",
@@ -359,9 +360,16 @@ def check_bits(config: Config) -> list[str]:
     return errors
 
 
+def check_target(config: Config) -> list[str]:
+    """A target steers the weights of the cost, so there must be one."""
+    if config.target_bitops and not (config.complexity_decay or getattr(config, "arch_complexity_decay", None)):
+        return ["--target-bitops: needs a cost weight to adapt; give --complexity-decay above 0"]
+    return []
+
+
 def check_search(config: Config) -> list[str]:
     """Rules across the flags of a search."""
-    errors = check_run(config) + check_bits(config)
+    errors = check_run(config) + check_bits(config) + check_target(config)
     if config.method == "pc-darts" and config.init_channels % config.partial:
         errors.append(f"--init-channels: {config.init_channels} is no multiple of --partial {config.partial}; give one")
     if config.multiplier > config.nodes:
@@ -381,8 +389,6 @@ def check_search(config: Config) -> list[str]:
         )
     if config.method == "darts" and config.explicit("partial"):
         errors.append("--partial: --method darts sends all channels through the operations; drop one of the two")
-    if config.target_bitops and not (config.complexity_decay or config.arch_complexity_decay):
-        errors.append("--target-bitops: needs a cost weight to adapt; give --complexity-decay above 0")
     if config.cost_weighting == "uniform" and config.arch_complexity_decay:
         errors.append("--arch-complexity-decay: the uniform weighting does not see the alphas; give 0, or expected")
     return errors

@@ -59,6 +59,7 @@ class _Identity:
     seed: int
     config: dict[str, Any]
     volatile: frozenset[str]
+    contents: Mapping[str, str]
 
     def fields(self) -> dict[str, Any]:
         """Every key that matters, with its value. None is the same as not there: flags may come later."""
@@ -71,15 +72,27 @@ class _Identity:
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
 
     def difference(self, saved: Mapping[str, Any]) -> list[str]:
-        """`key: old -> new` for every key that matters and differs from a saved config.json (None: as not there)."""
+        """`key: old -> new` for every key that matters and differs from a saved config.json (None: as not there).
+
+        A content's digest that the saved one does not have yet is as it was; where the place is another, it is that
+        which is told.
+        """
         old = {key: saved.get(key) for key in ("method", "stage", "dataset", "seed")}
         old |= {key: value for key, value in saved["config"].items() if key not in self.volatile}
         new = self.fields()
         lines = []
         for key in sorted({*old, *new}):
-            if json.dumps(old.get(key)) != json.dumps(new.get(key)):
-                before, after = (json.dumps(side[key]) if key in side else "(not there)" for side in (old, new))
+            if json.dumps(old.get(key)) == json.dumps(new.get(key)):
+                continue
+            before, after = (json.dumps(side[key]) if key in side else "(not there)" for side in (old, new))
+            place = self.contents.get(key)
+            if place is None:
                 lines.append(f"{key}: {before} -> {after}")
+            elif key in old and json.dumps(old.get(place)) == json.dumps(new.get(place)):
+                flag = "--" + place.replace("_", "-")
+                lines.append(
+                    f"{flag} {new.get(place)}: the file or run there has changed since ({key}: {before} -> {after})"
+                )
         return lines
 
 
@@ -89,6 +102,7 @@ class _Place:
 
     folder: Path
     start: Literal["fresh", "resumed", "finished"]
+    digest: str  # of the run's configuration, as the run there knows it
     checkpoint: Path | None = None  # the one to go on from
     meta: dict[str, Any] | None = None  # and its meta.json
 
@@ -138,6 +152,7 @@ class Run:
         save: Path | None = None,
         resume: Literal["auto"] | Path | None = None,
         volatile: Iterable[str] = (),
+        contents: Mapping[str, str] | None = None,
         keep: int = 2,
         quiet: bool = False,
         tensorboard: bool = True,
@@ -148,11 +163,14 @@ class Run:
         starts (a `save` that holds something is refused); "auto" goes on with the newest valid checkpoint of the same
         configuration, or starts where there is none; a path names a run or one of its checkpoints. A restart by
         torchrun implies "auto". `volatile`: keys of `config` that do not matter for sameness, beside VOLATILE.
+        `contents`: digest's key in `config` -> the key that says where its content lies; a run from before that
+        digest was noted still counts as the same.
 
         Raises ValueError (flag, reason, cure): the folder is in use, holds another configuration (with the
         difference), something else, or nothing valid to go on from; OSError when it cannot be written.
         """
-        identity = _Identity(method, stage, dataset, seed, plain(dict(config), "config"), VOLATILE | {*volatile})
+        values = plain(dict(config), "config")
+        identity = _Identity(method, stage, dataset, seed, values, VOLATILE | {*volatile}, contents or {})
         if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             resume = "auto"
         run = cls(identity, quiet=quiet, tensorboard=tensorboard)
@@ -300,11 +318,11 @@ class Run:
     def _settle(self, root: Path, save: Path | None, resume: Literal["auto"] | Path | None, keep: int) -> _Place:
         """Find or make the folder, and lock it unless the run is finished."""
         if resume is None:
-            return _Place(self._start_folder(root, save), "fresh")
+            return _Place(self._start_folder(root, save), "fresh", self.digest)
         if resume == "auto":
             folder = save if save is not None else _newest(root, self._identity)
             if folder is None or _is_empty(folder):
-                return _Place(self._start_folder(root, folder), "fresh")
+                return _Place(self._start_folder(root, folder), "fresh", self.digest)
             return self._go_on(folder, None, keep, f"--resume auto with {folder}")
         folder, checkpoint = _named(Path(resume))
         if save is not None and Path(save).resolve() != folder.resolve():
@@ -332,30 +350,33 @@ class Run:
             raise ValueError(
                 f"{flag}: no run lies there (no {CONFIG}), and nothing is overwritten; name another folder"
             )
-        difference = self._identity.difference(_read_config(folder))
+        saved = _read_config(folder)
+        difference = self._identity.difference(saved)
         if difference:
             raise ValueError(
                 f"{flag}: the run there has another configuration:\n  "
                 + "\n  ".join(difference)
-                + "\ngive the same flags as then (config.json has them), or another --save to start anew"
+                + "\ngive the same flags and files as then (config.json has the flags), or another --save to start anew"
             )
+        # a run that knew fewer flags has another digest, by which its checkpoints are found
+        self.digest = saved.get("digest") or self.digest
         if _is_finished(folder):
-            return _Place(folder, "finished")
+            return _Place(folder, "finished", self.digest)
         self._lock = _lock(folder)
         store = self._store(folder, keep)
         if checkpoint is not None:
             _, meta = load_state(checkpoint)
             if meta["config_digest"] != self.digest:
                 raise ValueError(f"{flag}: the checkpoint belongs to another configuration than the run it lies in")
-            return _Place(folder, "resumed", checkpoint, meta)
+            return _Place(folder, "resumed", self.digest, checkpoint, meta)
         found = store.latest()
         if found is not None:
-            return _Place(folder, "resumed", Path(found[1]["path"]), found[1])
+            return _Place(folder, "resumed", self.digest, Path(found[1]["path"]), found[1])
         if store.steps():
             raise ValueError(
                 f"{flag}: none of the checkpoints in {store.folder} is valid; delete {folder} to start anew"
             )
-        return _Place(folder, "fresh")
+        return _Place(folder, "fresh", self.digest)
 
     def _enter(self, place: _Place, sources: Mapping[str, str], argv: Sequence[str]) -> None:
         """Make the folder's files fit the place: cut back, or leftovers gone; note this session in config.json."""
@@ -404,7 +425,7 @@ class Run:
 
     def _take(self, place: _Place, keep: int) -> None:
         """Set what every rank needs to know; open the growing files (rank 0)."""
-        self.folder = place.folder
+        self.folder, self.digest = place.folder, place.digest
         self.already_finished = place.start == "finished"
         self.checkpoints = self._store(place.folder, keep)
         self._checkpoint = place.checkpoint

@@ -11,10 +11,12 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from common.engine import cli
 from common.engine.cli import Config, Parser
+from common.recipes.contents import derive_contents
 from common.recipes.presets import Preset, presets_for
 
 Derive = Callable[[Config], dict[str, Any]]
@@ -89,14 +91,14 @@ def resolve_training(
         parser,
         argv,
         presets=presets_for("train", presets),
-        derive=[derive_search_space, *derive, cli.derive_train],
+        derive=[derive_search_space, *derive, cli.derive_train, derive_contents],
         validate=[
             *validate,
             cli.check_train,
             check_data,
             check_search_space,
             check_architecture,
-            partial(check_launch, command=[parser.prog, *argv]),
+            partial(check_launch, prog=parser.prog, argv=argv),
         ],
     )
 
@@ -114,14 +116,14 @@ def resolve_search(
         parser,
         argv,
         presets=presets_for("search", presets),
-        derive=[derive_search_space, *derive, cli.derive_search],
+        derive=[derive_search_space, *derive, cli.derive_search, derive_contents],
         validate=[
             *validate,
             cli.check_search,
             check_data,
             check_search_space,
             check_own_bits,
-            partial(check_launch, command=[parser.prog, *argv]),
+            partial(check_launch, prog=parser.prog, argv=argv),
         ],
     )
 
@@ -142,29 +144,35 @@ def resolve_bit_search(
         parser,
         argv,
         presets=presets,
-        derive=[derive_search_space, *derive],
+        derive=[derive_search_space, *derive, derive_contents],
         validate=[
             *validate,
             cli.check_run,
             cli.check_bits,
+            cli.check_target,
             check_data,
             check_search_space,
             check_architecture,
-            partial(check_launch, command=[parser.prog, *argv]),
+            partial(check_launch, prog=parser.prog, argv=argv),
         ],
     )
 
 
-def check_launch(config: Config, command: Sequence[str]) -> list[str]:
-    """--use_data_parallel where torchrun did not start this process: the line that does what was meant."""
+def check_launch(config: Config, prog: str, argv: Sequence[str]) -> list[str]:
+    """--use_data_parallel where torchrun did not start this process: the line that does what was meant.
+
+    It names the program as it was typed, so that it works in the same folder.
+    """
     if not config.use_data_parallel or "WORLD_SIZE" in os.environ:
         return []
     import torch
 
+    typed = Path(sys.argv[0])
+    program = sys.argv[0] if typed.is_file() and typed.name == Path(prog).name else prog
     gpus = max(1, torch.cuda.device_count())
     return [
         "--use-data-parallel: several processes are started by torchrun; type\n    "
-        + shlex.join(["torchrun", f"--nproc_per_node={gpus}", *command])
+        + shlex.join(["torchrun", f"--nproc_per_node={gpus}", program, *argv])
     ]
 
 

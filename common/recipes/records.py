@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from common.engine.files import read_json
+from common.recipes.contents import CONTENTS
 
 # flags that do not make two runs different experiments
 _INCIDENTAL = frozenset(
     (
-        *("seed", "arch", "run", "source_digest", "data", "save", "runs", "resume", "preset", "config", "print_config"),
+        *("seed", "arch", "run", *CONTENTS, "data", "save", "runs", "resume", "preset", "config", "print_config"),
         *("list_presets", "dry_run", "log_every", "checkpoint_minutes", "tensorboard", "workers", "threads", "quiet"),
     )
 )
@@ -23,6 +24,7 @@ _INCIDENTAL = frozenset(
 _OTHER_RUNS = ("teacher", "init_from", "weights_path", "match_reference")
 _TRAINED = ("train", "quantize")  # a network quantised after its training counts as a trained one
 _SOURCES = ("arch", "run", "init_from")  # flags that lead to the run from which an architecture came
+_BEFORE = ("before_seconds", "before_search_seconds")  # what a run started from: all of it, and its searches
 _COST = ("parameters", "macs", "bitops", "bitops_quantized", "bitops_paper", "weight_bytes", "weight_bytes_fp32")
 
 
@@ -131,7 +133,7 @@ def _train(fields: _Fields, common: dict[str, Any]) -> Record:
     before = fields.number("source_seconds", required=False)  # the training of what was quantised afterwards
     numbers |= {"train_seconds": fields.number("seconds") + (before or 0)}
     numbers |= {"epochs": fields.number("epochs", required=False)}
-    numbers |= {"search_seconds": fields.number("search_seconds", required=False)}
+    numbers |= {name: fields.number(name, required=False) for name in ("search_seconds", *_BEFORE)}
     numbers |= {"test_loss": fields.number("metrics.test_loss", required=False)}
     numbers |= {"test_top5": fields.number("metrics.test_top5", required=False)}
     weight = fields.number("bits_mean.weight", required=False)
@@ -141,6 +143,7 @@ def _train(fields: _Fields, common: dict[str, Any]) -> Record:
     numbers["init_channels"] = fields.number("network.init_channels", required=False)
     size = {key: network.get(key) for key in ("init_channels", "layers", "stem", "image_size")}
     size |= {key: fields.get(key) for key in ("epochs", "n_train", "n_test")}
+    size["steps_per_epoch"] = _shortened(fields, common["folder"])
     if common["settings"].get("match_bitops"):
         del size["init_channels"]
         size["match_bitops"] = common["settings"]["match_bitops"]
@@ -155,10 +158,22 @@ def _train(fields: _Fields, common: dict[str, Any]) -> Record:
     )
 
 
+def _shortened(fields: _Fields, folder: Path) -> Any:
+    """The steps to which a training's epochs were cut, None for whole epochs; of what was quantised: its training's."""
+    if fields.get("steps_per_epoch") is not None:
+        return fields.get("steps_per_epoch")
+    flags = _flags(_config_of(folder))
+    if fields.get("stage") == "quantize":  # an older version did not say it
+        sources = (_flags(_config_of(place)) for place in _places(folder, [flags.get("run")]))
+        flags = next((found for found in sources if found), {})
+    return flags.get("steps_per_epoch")
+
+
 def _search(fields: _Fields, common: dict[str, Any]) -> Record:
     names = ("exact_bitops", "exact_bitops_quantized", "expected_bitops", "target_bitops", "parameter_free_share")
     numbers = {name: fields.number(name, required=False) for name in names}
     numbers |= {"search_seconds": fields.number("seconds"), "epochs": fields.number("epochs", required=False)}
+    numbers |= {name: fields.number(name, required=False) for name in _BEFORE}
     reached = fields.get("target_reached")
     if reached is not None:
         numbers["target_reached"] = float(bool(reached))
@@ -221,22 +236,29 @@ def _architecture(common: Mapping[str, Any], fields: _Fields) -> dict[str, Any]:
 
 
 def _search_config(folder: Path, digest: Any, depth: int = 3) -> dict[str, Any]:
-    """The config.json of the search that has this digest, along the runs that led here; {} where it is gone.
-
-    A run names another by its path from the folder in which the command was typed, which lies above the run.
-    """
-    try:
-        config = _read_object(folder / "config.json")
-    except (OSError, ValueError):
-        return {}
+    """The config.json of the search that has this digest, along the runs that led here; {} where it is gone."""
+    config = _config_of(folder)
     if digest is None or config.get("digest") == digest:
         return config if digest else {}
-    names = [value for key in _SOURCES if isinstance(value := _flags(config).get(key), str)]
-    places = [base / name for name in names for base in (Path(), *folder.resolve().parents)]
-    for place in places if depth else ():
-        if (place / "config.json").is_file() and (found := _search_config(place, digest, depth - 1)):
+    for place in _places(folder, [_flags(config).get(key) for key in _SOURCES]) if depth else ():
+        if found := _search_config(place, digest, depth - 1):
             return found
     return {}
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """A run's config.json; {} where there is none."""
+    try:
+        return _read_object(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def _places(folder: Path, names: Iterable[Any]) -> list[Path]:
+    """Where the runs may lie that a run names by their paths from the folder in which its command was typed."""
+    texts = [name for name in names if isinstance(name, str)]
+    places = [base / name for name in texts for base in (Path(), *folder.resolve().parents)]
+    return [place for place in places if (place / "config.json").is_file()]
 
 
 def _flags(config: Mapping[str, Any]) -> dict[str, Any]:

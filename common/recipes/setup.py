@@ -14,6 +14,7 @@ from common.data import ImageData, Stream, load
 from common.engine import Run, distributed
 from common.engine.cli import VOLATILE, Config
 from common.engine.protocols import BatchStream
+from common.recipes.contents import CONTENTS
 
 
 class FirstSteps:
@@ -90,5 +91,6 @@ def open_run(config: Config, *, method: str, stage: str, dataset: str) -> Run:
         save=config.save,
         resume=Path(config.resume) if config.resume not in (None, "auto") else config.resume,
         volatile=VOLATILE,
+        contents=CONTENTS,
         tensorboard=config.tensorboard,
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.cost import Cost
 from common.data import DatasetInfo, ImageData, evaluation_batches
 from common.engine import CheckpointStore, ClassificationMeter, load_state, read_json
+from common.engine.checkpoint import state_digest
 from common.nets import Architecture, Network, build_network
 from common.quant import fold_normalization
 
@@ -73,7 +74,7 @@ def load_trained(
 
     `checkpoint` names one of its checkpoints in place of the newest valid one. Returns (network, config, info): the
     training's flags by name, and method, dataset, seed, digest, stage, build (arguments of `build_network`), data (of
-    the images), epoch and checkpoint. Raises ValueError, naming `flag`, the folder and the cure.
+    the images), epoch, checkpoint and state_digest (its SHA-256). Raises ValueError naming `flag`, folder and cure.
     """
     run = Path(run)
     if not (run / "config.json").is_file():
@@ -104,6 +105,7 @@ def load_trained(
         "data": state["data"],
         "epoch": state["epoch"],
         "checkpoint": meta.get("path", str(checkpoint)),
+        "state_digest": state_digest(meta),
     }
     return network.eval(), post_training.get("training", record["config"]), info
 

@@ -131,6 +131,12 @@ def test_data_parallel_without_torchrun_names_the_command(
     assert stop.value.code == 2
     line = "torchrun --nproc_per_node=4 darts/search.py --use_data_parallel 1 --epochs 3"
     assert line in [row.strip() for row in capsys.readouterr().err.splitlines()]
+    # as typed elsewhere
+    typed = str(Path(__file__).resolve().parents[2] / "darts" / "search.py")
+    monkeypatch.setattr("sys.argv", [typed])
+    with pytest.raises(SystemExit):
+        main(["--use_data_parallel", "1"])
+    assert f"torchrun --nproc_per_node=4 {typed} --use_data_parallel 1\n" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert resolved("--use_data_parallel", "1").use_data_parallel
 

@@ -270,6 +270,38 @@ def test_auto_refuses_another_configuration_with_the_difference(tmp_path: Path) 
 # ---- --resume auto without --save, and --resume PATH
 
 
+CONTENTS = {"arch_digest": "arch"}
+
+
+def test_another_content_at_the_same_place_is_refused_and_named(tmp_path: Path) -> None:
+    flags = {"save": tmp_path / "run", "contents": CONTENTS}
+    open_run(tmp_path, config={"arch": "a.json", "arch_digest": "11"}, **flags).finish({})
+    with pytest.raises(ValueError, match=r"--arch a\.json: the file or run there has changed since") as refused:
+        open_run(tmp_path, config={"arch": "a.json", "arch_digest": "22"}, resume="auto", **flags)
+    assert '"11" -> "22"' in str(refused.value)
+    with pytest.raises(ValueError, match=r'arch: "a\.json" -> "b\.json"') as refused:
+        open_run(tmp_path, config={"arch": "b.json", "arch_digest": "22"}, resume="auto", **flags)
+    assert "changed" not in str(refused.value), "another place needs no word about its content"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_from_before_contents_were_noted_goes_on(tmp_path: Path, finished: bool) -> None:
+    """Finished, or from its checkpoint, under the digest that it has; from then on the content is noted."""
+    run = open_run(tmp_path, save=tmp_path / "run", config={"arch": "a.json"})
+    run.checkpoints.save({"a": 1}, step=10, epoch=1)
+    run.finish({}) if finished else run.close()
+    known = {"arch": "a.json", "arch_digest": "11"}
+    again = open_run(tmp_path, save=tmp_path / "run", contents=CONTENTS, config=known, resume="auto")
+    again.close()
+    assert again.already_finished == finished and again.digest == run.digest
+    if not finished:
+        assert again.resumed_step == 10 and again.resume_state()[0] == {"a": 1}
+        with pytest.raises(ValueError, match="--arch a.json"):
+            open_run(
+                tmp_path, save=tmp_path / "run", contents=CONTENTS, config=known | {"arch_digest": "2"}, resume="auto"
+            )
+
+
 def test_auto_without_save_takes_the_newest_of_the_same_configuration(tmp_path: Path) -> None:
     folders = {}
     for number, (name, lr) in enumerate([("a", 0.1), ("b", 0.1), ("c", 0.3)]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import evaluate
 from common.cost import network_cost
 from common.cost.__main__ import main as cost_main
 from common.data import DatasetInfo, ImageData, Split, evaluation_batches, hold_out, load
-from common.engine import read_json
+from common.engine import CheckpointStore, read_json
 from common.nets import OPERATIONS, load_architecture
 from common.quant import CALIBRATED_METHODS, QuantConv2d, QuantLinear
 from common.recipes.trained import load_trained
@@ -280,6 +281,22 @@ def test_an_interrupted_one_starts_over_to_the_same_end(source: Path, tmp_path: 
     (tmp_path / "run" / "result.json").unlink()
     assert run(source, tmp_path / "run", *flags) == 0
     assert read_json(tmp_path / "run" / "result.json")["metrics"] == before["metrics"]
+
+
+def test_another_network_at_the_same_place_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same flags, but other weights in the source's newest checkpoint."""
+    run_folder = tmp_path / "source"
+    shutil.copytree(source, run_folder)
+    flags = ("--quant_method", "minmax", "--resume", "auto")
+    assert run(run_folder, tmp_path / "run", *flags) == 0
+    store = CheckpointStore(run_folder / "checkpoints", config_digest=read_json(run_folder / "config.json")["digest"])
+    state, meta = store.latest()
+    state["model"]["classifier.weight"] += 1
+    store.save(state, step=meta["step"] + 1, epoch=meta["epoch"])
+    assert run(run_folder, tmp_path / "run", *flags) == 2
+    assert f"--run {run_folder}: the file or run there has changed since" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused(

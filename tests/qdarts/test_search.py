@@ -186,6 +186,10 @@ def test_target(tmp_path: Path) -> None:
     result = run(tmp_path / "run", "--target-bitops", "0.032G")
     assert result["target_bitops"] == 0.032e9
     assert result["target_reached"] == (abs(result["exact_bitops"] / 0.032e9 - 1) <= 0.1)
+    ends = prepare_search(config_of()).cost.ends
+    left = 0.032e9 - ends
+    assert result["target_error_movable"] == pytest.approx((result["steered_bitops"] - 0.032e9) / left)
+    assert "of the part that choices can move)" in (tmp_path / "run" / "log.txt").read_text()
     assert all("cost_multiplier" in row for row in history(tmp_path / "run"))
     missed = run(tmp_path / "missed", "--target-bitops", "0.045G", "--epochs", "1", "--steps-per-epoch", "1")
     assert missed["target_reached"] is False
