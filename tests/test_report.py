@@ -394,6 +394,130 @@ def test_larger_capacity_is_another_row_of_the_same_table(tmp_path: Path, capsys
     assert code == 2 and "match_bitops 18" in err and "init_channels 8" in err
 
 
+def test_sizes_that_differ_are_told_in_every_row_that_is_not_like_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever method, architecture and bits a row has."""
+    network = train_result()["network"]
+    for name, method, changes, flags in (
+        ("a", "one", {}, {}),
+        ("b", "two", {}, {}),
+        ("c", "three", {}, {}),
+        ("d", "four", {"epochs": 40}, {}),
+        ("e", "five", {"network": network | {"init_channels": 16, "layers": 8}}, {}),
+        ("f", "six", {}, {"steps_per_epoch": 10}),
+    ):
+        result = train_result(340, method=method, **changes)
+        write_run(tmp_path / name, result, config=flags, architecture=architecture_json("PC_DARTS"))
+    _, out, _ = run(capsys, tmp_path)
+    shown = [row["architecture"].removeprefix("PC_DARTS").strip() for row in cells(out)]
+    assert shown == ["", "", "", "epochs=40", "layers=8 init_channels=16", "steps_per_epoch=10"]
+    assert [row["differs"] for row in objects(capsys, tmp_path)] == shown
+    assert "8 channels unless said, 5 layers unless said, 20 epochs unless said" in out
+    # where no value is that of most rows, all say theirs; where all agree, the heading does
+    _, out, _ = run(capsys, tmp_path / "a", tmp_path / "d", tmp_path / "f")
+    assert [row["architecture"] for row in cells(out)][1:] == ["PC_DARTS epochs=40", "PC_DARTS steps_per_epoch=10"]
+    _, out, _ = run(capsys, tmp_path / "a", tmp_path / "d")
+    assert [row["architecture"] for row in cells(out)] == ["PC_DARTS epochs=20", "PC_DARTS epochs=40"]
+    assert "8 channels, 5 layers, 1437 to learn from" in out
+    _, out, _ = run(capsys, tmp_path / "a", tmp_path / "f")
+    assert [row["architecture"] for row in cells(out)] == [
+        "PC_DARTS steps_per_epoch=all",
+        "PC_DARTS steps_per_epoch=10",
+    ]
+
+
+def test_searches_say_their_epochs_where_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, epochs in enumerate((16, 16, 50)):
+        write_run(tmp_path / f"s{seed}", search_result(seed, epochs=epochs))
+    _, out, _ = run(capsys, tmp_path)
+    assert [row["size"] for row in cells(out)] == ["", "", "epochs=50"] and "16 epochs unless said" in out
+    _, out, _ = run(capsys, tmp_path / "s0", tmp_path / "s1")
+    assert "size" not in cells(out)[0] and "16 epochs, " in out
+
+
+def test_rows_trained_for_unequal_epochs_are_never_ranked_against_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = train_result()["network"]
+    for name, correct, changes, flags in (
+        ("a", 300, {}, {}),
+        ("b", 355, {"epochs": 40}, {}),
+        ("c", 200, {"epochs": 40}, {}),
+        ("d", 350, {"network": network | {"init_channels": 16}}, {}),  # an alternative, as --match-bitops is
+        ("e", 100, {}, {"steps_per_epoch": 10}),
+    ):
+        write_run(tmp_path / name, train_result(correct, method=name, **changes), config=flags)
+    _, out, _ = run(capsys, tmp_path)
+    assert [row["rank"] for row in cells(out)] == ["2", "1", "2", "1", "1"]
+    assert "trained for unequal numbers of epochs or steps are ranked apart" in out
+    _, out, _ = run(capsys, tmp_path / "a", tmp_path / "d")
+    assert [row["rank"] for row in cells(out)] == ["2", "1"] and "unequal" not in out
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["said", "older"])
+def test_what_was_quantised_was_trained_as_long_as_its_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], said: bool
+) -> None:
+    flags = {"steps_per_epoch": 10}
+    source = write_run(tmp_path / "fp", train_result(350, bits_mean=None, method="darts"), config=flags)
+    result = train_result(200, method="ptq", stage="quantize", source_seconds=60.0, **(flags if said else {}))
+    write_run(tmp_path / "q", result, config={"run": f"{tmp_path.name}/fp" if said else str(source)})
+    shown = cells(run(capsys, tmp_path)[1])
+    assert [(row["architecture"], row["rank"]) for row in shown] == [("PC_DARTS_cifar", "1"), ("PC_DARTS_cifar", "2")]
+    assert "10 steps an epoch" in run(capsys, tmp_path)[1]
+
+
+def test_times_count_all_that_a_run_started_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):  # 100 s of searches and 40 s of trainings stand before the bit search of 30 s
+        before = {"search_seconds": 30.0, "before_seconds": 140.0 + 2 * seed, "before_search_seconds": 100.0}
+        write_run(tmp_path / f"bits{seed}", train_result(350, seed, method="bits", seconds=60.0, **before))
+        fine = {"before_seconds": 40.0, "before_search_seconds": 0.0}
+        write_run(tmp_path / f"fine{seed}", train_result(349, seed, method="fine", seconds=60.0, **fine))
+    found = {"before_seconds": 140.0, "before_search_seconds": 100.0}
+    write_run(tmp_path / "search", search_result(seconds=30.0, **found))
+    _, out, _ = run(capsys, tmp_path)
+    shown = cells(out)
+    assert [row["time s"] for row in shown if "time s" in row] == ["130+101", "100"]
+    assert [row["search s"] for row in shown if "search s" in row] == ["30 (+140)"]
+    assert "time: search + training, with all that they started from" in out and "do not say" not in out
+    bits, fine, search = objects(capsys, tmp_path)
+    parts = ("search_seconds", "train_seconds", "before_seconds", "before_search_seconds")
+    assert [[row[part] for part in parts] for row in (bits, fine, search)] == [
+        [30, 60, 141, 100],
+        [None, 60, 40, 0],
+        [30, None, 140, 100],
+    ]
+    write_run(tmp_path / "older", train_result(300, method="older", search_seconds=30.0))
+    _, out, _ = run(capsys, tmp_path)
+    assert [row["time s"] for row in cells(out) if "time s" in row][-1] == "30+62"
+    assert "Not counted for 1 of these runs" in out
+
+
+def test_devices_stand_in_the_rows_where_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = {"cpu": "Test CPU", "cores": 2, "threads": 2, "cuda": ["Test GPU"]}
+    write_run(tmp_path / "a", train_result(method="one"))
+    write_run(tmp_path / "b", train_result(method="two", device=gpu))
+    write_run(tmp_path / "s", search_result())
+    write_run(tmp_path / "t", search_result(1, device=gpu))
+    _, out, _ = run(capsys, tmp_path)
+    assert [row["device"] for row in cells(out)] == ["Test CPU, 2 cores", "Test GPU"] * 2
+    assert all("Test" not in line for line in out.splitlines() if not line.startswith("|"))
+    _, out, _ = run(capsys, tmp_path / "a", tmp_path / "s")
+    assert all("device" not in row for row in cells(out)) and out.count("Test CPU, 2 cores") == 2
+
+
+def test_a_spread_that_was_not_measured_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for search in "ab":
+        for seed in range(2):
+            found_run(tmp_path, f"{search}{seed}", 340 + seed, seed, f"search-{search}")
+    words = "No row has several trainings of one search or architecture: the spread between trainings is not measured."
+    assert words in run(capsys, tmp_path / "a0", tmp_path / "b0")[1]
+    assert words in run(capsys, tmp_path / "a0")[1]
+    assert words not in run(capsys, tmp_path)[1]
+    assert words not in run(capsys, tmp_path / "a0", tmp_path / "a1")[1]
+
+
 def test_ranks_stand_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, correct, bits in (("a", 200, 2), ("b", 350, 3), ("c", 349, 4), ("d", 100, 8)):
         policy = architecture_json("PC_DARTS", bits={"kind": "uniform", "uniform": [bits, bits]})

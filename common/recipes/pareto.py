@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from common.recipes.rows import Row, data_of, differences
+from common.recipes.rows import SIZES, Row, data_of, differences, length_of, size_differences, usual_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +48,8 @@ class Point:
     method: int
     reference: bool
     """Full precision."""
+    length: Any = None
+    """How long it was trained: only rows of one length are held against each other."""
 
 
 def picture(text: str) -> Path:
@@ -72,6 +74,16 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
+def fronts(points: Sequence[Point]) -> list[list[int]]:
+    """The front among the points trained for as long, as indices, for each such length."""
+    found = []
+    for length in dict.fromkeys(point.length for point in points):
+        members = [index for index, point in enumerate(points) if point.length == length]
+        best = pareto_front([(points[index].cost, points[index].accuracy) for index in members])
+        found.append([members[index] for index in best])
+    return found
+
+
 def draw_pareto(rows: Sequence[Row], cost: str, form: str) -> tuple[bytes, list[str]]:
     """The picture of the trained rows, and a word on each row that it cannot show.
 
@@ -88,7 +100,7 @@ def draw_pareto(rows: Sequence[Row], cost: str, form: str) -> tuple[bytes, list[
         figure = Figure(figsize=(8.0, 5.2), dpi=_PIXELS, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        _frame(axes, points, cost, next(row for row in rows if row.trained))
+        _frame(axes, points, cost, [row for row in rows if row.trained])
         lines = _paint(axes, points)
         figure.draw_without_rendering()  # sizes of texts are known only then
         _place_names(axes, points, lines)
@@ -117,7 +129,8 @@ def _points(rows: Sequence[Row], cost: str) -> tuple[list[Point], list[str]]:
             left_out.append(f"{row.first.folder}: no {cost if mean is not None else 'accuracy'}")
             continue
         low, high = interval or (mean, mean)
-        points.append(Point(x, 100 * mean, 100 * low, 100 * high, name, methods.index(method), row.bits is None))
+        place, length = methods.index(method), length_of(row)
+        points.append(Point(x, 100 * mean, 100 * low, 100 * high, name, place, row.bits is None, length))
     if not points:
         raise ValueError(f"--pareto: no finished training with accuracy and {cost} to draw; name training runs")
     return points, left_out
@@ -166,7 +179,7 @@ def _window(points: Sequence[Point]) -> tuple[float, float]:
     return low - 0.12 * span, high + 0.08 * span
 
 
-def _frame(axes: Axes, points: Sequence[Point], cost: str, row: Row) -> None:
+def _frame(axes: Axes, points: Sequence[Point], cost: str, rows: Sequence[Row]) -> None:
     """Axes, ticks and title."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
@@ -186,12 +199,24 @@ def _frame(axes: Axes, points: Sequence[Point], cost: str, row: Row) -> None:
     axes.tick_params(which="both", color=_FAINT, labelcolor=_INK)
     axes.set_xlabel(f"{title} (log scale)", color=_INK)
     axes.set_ylabel("test accuracy, %", color=_INK)
-    dataset, image_size, n_test, _ = data_of(row)
+    axes.set_title(_title(points, rows), loc="left", fontsize=8, color=_INK)
+
+
+def _title(points: Sequence[Point], rows: Sequence[Row]) -> str:
+    """The data, how to read the marks, and the usual size where some names give another."""
+    dataset, image_size, n_test, _ = data_of(rows[0])
     text = f"{dataset}, {image_size}x{image_size}" if image_size else dataset
     text += f", {n_test} test images. Bars: 95% intervals; line, filled marks: no row is better at less cost"
     if any(point.reference for point in points):
         text += "; dotted: full precision"
-    axes.set_title(text, loc="left", fontsize=8, color=_INK)
+    told = {part.partition("=")[0] for texts in size_differences(rows) for part in texts.split()}
+    usual = [(key, most[0]) for key in SIZES if key in told and (most := usual_size(rows, key)) is not None]
+    more = [", ".join(f"{key}={'all' if value is None else value}" for key, value in usual) + " unless said"] * bool(
+        usual
+    )
+    if len({point.length for point in points}) > 1:
+        more.append("a line, and filled marks, for each number of epochs")
+    return "\n".join([text, *(["; ".join(more)] if more else [])])
 
 
 def _scaled(value: float) -> str:
@@ -203,12 +228,18 @@ def _scaled(value: float) -> str:
 
 
 def _paint(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
-    """The front, the line of full precision, the intervals and the marks; returns the two lines."""
-    front = pareto_front([(point.cost, point.accuracy) for point in points])
-    corners = [points[index] for index in front]
-    lines = axes.plot([p.cost for p in corners], [p.accuracy for p in corners], color="#C3CAD4", linewidth=2, zorder=1)
-    if references := [point.accuracy for point in points if point.reference]:
-        lines.append(axes.axhline(max(references), color=_REFERENCE, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1))
+    """The front and the line of full precision of each length of training, intervals, marks; returns the lines."""
+    front, lines = set[int](), list["Line2D"]()
+    for members in fronts(points):
+        costs, heights = [points[i].cost for i in members], [points[i].accuracy for i in members]
+        lines += axes.plot(costs, heights, color="#C3CAD4", linewidth=2, zorder=1)
+        front.update(members)
+    highest: dict[Any, float] = {}
+    for point in points:
+        if point.reference:
+            highest[point.length] = max(point.accuracy, highest.get(point.length, 0.0))
+    style = {"color": _REFERENCE, "linewidth": 0.9, "linestyle": (0, (1, 3)), "zorder": 1}
+    lines += [axes.axhline(height, **style) for height in highest.values()]
     floor = axes.get_ylim()[0]
     for index, point in enumerate(points):
         colour = _REFERENCE if point.reference else _COLOURS[point.method % len(_COLOURS)]

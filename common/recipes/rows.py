@@ -31,8 +31,11 @@ BITOPS = ("bitops", "bitops_quantized", "bitops_paper")
 _NUMBERS = (
     *("parameters", "macs", *BITOPS, "weight_bytes", "weight_bytes_fp32"),
     *("exact_bitops", "exact_bitops_quantized", "expected_bitops", "target_bitops", "target_reached"),
-    *("parameter_free_share", "epochs", "test_loss", "test_top5", "search_seconds", "train_seconds", "init_channels"),
+    *("parameter_free_share", "epochs", "test_loss", "test_top5", "search_seconds", "train_seconds"),
+    *("before_seconds", "before_search_seconds", "init_channels"),
 )
+SIZES = ("epochs", "steps_per_epoch", "layers", "init_channels", "stem")
+"""What may differ from row to row of a table, and is then told."""
 
 
 @dataclass(frozen=True)
@@ -191,22 +194,51 @@ def _look(record: Record) -> tuple[str, str, Any]:
 
 
 def differences(rows: Sequence[Row]) -> list[str]:
-    """For rows that would look the same (same method, architecture and bits): the flags that tell them apart.
+    """What tells rows apart: sizes that differ in their table, and flags between rows that would look the same.
 
-    A flag that is off, has the value that most of these rows have, or follows from other flags goes without saying.
+    Rows look the same with the same method, architecture and bits. A flag that is off, has the value that most of
+    these rows have, or follows from other flags goes without saying.
     """
     texts = []
-    for row in rows:
+    for row, sizes in zip(rows, size_differences(rows), strict=True):
         twins = [_flags(other) for other in rows if _look(other.first) == _look(row.first)]
         told = []
         for key, value in sorted(_flags(row).items()):
+            if key in SIZES and row.first.finished:
+                continue
             values = Counter(str(twin[key] or None) for twin in twins if key in twin)
             usual = len(values) == 1 or 2 * values[str(value or None)] > len(twins)
             silent = value is None or value is False or usual or row.first.sources.get(key) == "derived"
             if not silent or (key == "match_bitops" and value):  # a size of its own is always told
                 told.append(key if value is True else f"{key}={_short(value)}")
+        texts.append(" ".join([*told, *([sizes] if sizes else [])]))
+    return texts
+
+
+def size_differences(rows: Sequence[Row]) -> list[str]:
+    """Each finished row's epochs, layers, channels and so on, where they are not those of most rows of its table."""
+    texts = []
+    for row in rows:
+        flags, told = _flags(row), []
+        mates = [other for other in rows if _table(other) == _table(row)] if row.first.finished else []
+        for key in SIZES if mates else ():
+            most, value = usual_size(mates, key), flags.get(key)
+            if key in flags and (most is None or most[0] != value):
+                shown = "all" if value is None and key == "steps_per_epoch" else value
+                told += [f"{key}={_short(shown)}"] if shown is not None else []
         texts.append(" ".join(told))
     return texts
+
+
+def usual_size(rows: Sequence[Row], key: str) -> tuple[Any, bool] | None:
+    """The value that more than half of the rows have, of those that have one, and whether all rows have it."""
+    known = [flags[key] for row in rows if key in (flags := _flags(row))]
+    value, count = Counter(known).most_common(1)[0] if known else (None, 0)
+    return (value, count == len(rows)) if 2 * count > len(known) else None
+
+
+def _table(row: Row) -> tuple[Any, ...]:
+    return row.first.stage, row.first.finished, data_of(row)
 
 
 def _short(value: Any) -> Any:
@@ -215,7 +247,7 @@ def _short(value: Any) -> Any:
 
 def _flags(row: Row) -> dict[str, Any]:
     """A row's settings and sizes by name; a budget together with the channels that it allowed."""
-    flags = {**dict(row.first.size), **row.first.settings}
+    flags = {**row.first.settings, **dict(row.first.size)}
     if flags.get("match_bitops"):
         channels = [int(record.numbers.get("init_channels") or 0) for record in row.records]
         ends = "-".join(str(end) for end in dict.fromkeys((min(channels), max(channels))))
@@ -224,13 +256,22 @@ def _flags(row: Row) -> dict[str, Any]:
 
 
 def ranks(rows: Sequence[Row]) -> list[str]:
-    """Each row's rank among the trained rows of the same data: see `rank_labels`; `-` where there is no accuracy."""
+    """Each row's rank among the rows of the same data that were trained as long; `-` where there is no accuracy.
+
+    See `rank_labels`. Rows of other channels or layers are alternatives, and ranked together.
+    """
     labels = ["-"] * len(rows)
-    for kind in {data_of(row) for row in rows if row.trained}:
-        members = [index for index, row in enumerate(rows) if row.trained and data_of(row) == kind]
+    for kind in {(data_of(row), length_of(row)) for row in rows if row.trained}:
+        members = [i for i, row in enumerate(rows) if row.trained and (data_of(row), length_of(row)) == kind]
         for index, label in zip(members, rank_labels([rows[i].interval for i in members]), strict=True):
             labels[index] = label
     return labels
+
+
+def length_of(row: Row) -> tuple[Any, Any]:
+    """How long a row's networks were trained: epochs, and the steps to which these were cut (None: whole ones)."""
+    size = dict(row.first.size)
+    return size.get("epochs"), size.get("steps_per_epoch")
 
 
 def data_of(row: Row) -> tuple[Any, ...]:

@@ -13,9 +13,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.recipes.rows import BITOPS, Row, as_objects, data_of, differences, ranks
+from common.recipes.rows import (
+    BITOPS,
+    Row,
+    as_objects,
+    data_of,
+    differences,
+    length_of,
+    ranks,
+    size_differences,
+    usual_size,
+)
 
-_LEFT = ("method", "architecture", "search", "run", "accuracy %")  # columns of text; all others are aligned right
+_LEFT = (
+    "method",
+    "architecture",
+    "search",
+    "run",
+    "accuracy %",
+    "size",
+    "device",
+)  # columns of text; all others are aligned right
 _LATEX = str.maketrans(
     {character: "\\" + character for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -139,6 +157,7 @@ def _train_table(rows: Sequence[Row]) -> Table:
                 f"BitOps {unit}": "/".join(_number(row.mean(name), ops) for name in BITOPS) if row.trained else "-",
                 f"memory {bytes_unit}B": _number(weight, memory) + share,
                 "time s": _times(row),
+                "device": _device(row),
                 "n": str(len(row.records)),
                 "seed": ",".join(sorted(seeds)),
             }
@@ -150,27 +169,38 @@ def _train_table(rows: Sequence[Row]) -> Table:
         "method": len(set(columns["method"])) == 1,
         "rank": len(finished) < 2,
         "std s/t": all(row.deviations[0] is None for row in rows),
+        "device": _one_device(finished),
         "seed": not alone or len(set(columns["seed"])) == 1,
     }
     dropped["n"] = not dropped["seed"]
     columns = {name: column for name, column in columns.items() if not dropped.get(name)}
-    return Table(*_heading(rows, finished, "test images"), columns, _unfinished_notes(rows) + _train_notes(columns))
+    return Table(
+        *_heading(rows, finished, "test images"), columns, _unfinished_notes(rows) + _train_notes(columns, finished)
+    )
 
 
-def _train_notes(columns: Iterable[str]) -> list[str]:
-    """The legend of the columns that are there."""
+def _train_notes(columns: Iterable[str], rows: Sequence[Row]) -> list[str]:
+    """The legend of the columns that are there, and what these finished rows do not tell."""
     notes = [
         "w/a: mean bits of weights/activations; {..}: searched among these.",
         "accuracy: of one run with Wilson's 95% interval; of n runs mean ± std with Student's interval of the mean.",
     ]
     if "std s/t" in columns:
         notes.append("std s/t: between searches/between trainings of one search (variance components).")
+    if rows and all(row.deviations[1] is None for row in rows):
+        notes.append(
+            "No row has several trainings of one search or architecture: the spread between trainings is not measured."
+        )
     if "rank" in columns:
         notes.append("rank: rows whose intervals overlap, or that a chain of overlaps connects, share one, marked =.")
+        if len({length_of(row) for row in rows}) > 1:
+            notes.append("Rows trained for unequal numbers of epochs or steps are ranked apart, each kind from 1 on.")
+    silent = sum(record.numbers.get("before_seconds") is None for row in rows for record in row.records)
     return [
         *notes,
         "BitOps: all layers/quantised layers only/the paper's accounting. memory: of the weights (share of fp32).",
-        "time: search + training.",
+        "time: search + training, with all that they started from (cells, weights, teacher)."
+        + (f" Not counted for {silent} of these runs, which do not say what that took." if silent else ""),
     ]
 
 
@@ -178,7 +208,7 @@ def _search_table(rows: Sequence[Row]) -> Table:
     names = ("exact_bitops", "exact_bitops_quantized", "target_bitops", "expected_bitops")
     ops, unit = _unit([row.mean(name) for row in rows for name in names])
     cells = []
-    for row in rows:
+    for row, size in zip(rows, size_differences(rows), strict=True):
         reached, share = row.mean("target_reached"), row.mean("parameter_free_share")
         cells.append(
             {
@@ -192,12 +222,18 @@ def _search_table(rows: Sequence[Row]) -> Table:
                 "target": _number(row.mean("target_bitops"), ops),
                 "reached": "-" if reached is None else "yes" if reached else "no",
                 "free ops": "-" if share is None else f"{100 * share:.0f}%",
-                "search s": _seconds(row.mean("search_seconds")),
+                "search s": _search_times(row),
+                "size": size,
+                "device": _device(row),
             }
         )
     columns = {name: [line[name] for line in cells] for name in cells[0]}
     notes = ["BitOps: exact cost of what was found; free ops: share of operations without parameters."]
     finished = [row for row in rows if row.first.finished]
+    if any(row.mean("before_seconds") for row in finished):
+        notes.append("search s: (+ all that the search started from: cells, weights).")
+    dropped = {"size": not any(columns["size"]), "device": _one_device(finished)}
+    columns = {name: column for name, column in columns.items() if not dropped.get(name)}
     return Table(*_heading(rows, finished, ""), columns, _unfinished_notes(rows) + notes)
 
 
@@ -214,21 +250,31 @@ def _heading(rows: Sequence[Row], finished: Sequence[Row], counted: str) -> tupl
         "init_channels": "{} channels",
         "layers": "{} layers",
         "epochs": "{} epochs",
+        "steps_per_epoch": "{} steps an epoch",
         "n_train": "{} to learn from",
     }
     methods = {row.common(lambda r: r.method) for row in rows}
     if rows[0].first.stage == "train" and len(methods) == 1:
         shared.append(methods.pop())
     for key, text in words.items():
-        values = {dict(row.first.size).get(key) for row in finished}
-        if len(values) == 1 and (value := values.pop()) is not None:
-            shared.append(text.format(value))
+        usual = usual_size(finished, key)
+        if usual is not None and usual[0] is not None:
+            shared.append(text.format(usual[0]) + ("" if usual[1] else " unless said"))
     seeds = sorted({record.seed for row in finished for record in row.records if record.seed is not None})
     if seeds:
         shared.append(("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, seeds)))
-    devices = dict.fromkeys(device for row in finished if (device := row.common(lambda r: r.device)))
-    shared += list(devices)
+    if finished and _one_device(finished):
+        shared += [device for device in [_device(finished[0])] if device != "-"]
     return title, ", ".join(shared)
+
+
+def _device(row: Row) -> str:
+    return row.common(lambda r: r.device) or "-"
+
+
+def _one_device(rows: Sequence[Row]) -> bool:
+    """Whether the times of all rows can stand side by side."""
+    return len({_device(row) for row in rows}) < 2
 
 
 def _unfinished_notes(rows: Sequence[Row]) -> list[str]:
@@ -286,9 +332,26 @@ def _number(value: float | None, scale: float) -> str:
 
 
 def _times(row: Row) -> str:
-    """Seconds of the search, where there was one, and of the training."""
+    """Seconds of the searches, where there were any, and of the trainings, with all that they started from."""
+    before, searches = _before(row, "before_seconds"), _before(row, "before_search_seconds")
     search, train = row.mean("search_seconds"), row.mean("train_seconds")
-    return _seconds(train) if search is None else f"{_seconds(search)}+{_seconds(train)}"
+    train = None if train is None else train + before - searches
+    return (
+        _seconds(train)
+        if search is None and not searches
+        else f"{_seconds((search or 0) + searches)}+{_seconds(train)}"
+    )
+
+
+def _search_times(row: Row) -> str:
+    """Seconds of the search, and of what it started from."""
+    before = _before(row, "before_seconds")
+    return _seconds(row.mean("search_seconds")) + (f" (+{_seconds(before)})" if before else "")
+
+
+def _before(row: Row, name: str) -> float:
+    """Mean over the runs; one that does not say it adds nothing."""
+    return sum(record.numbers.get(name) or 0 for record in row.records) / len(row.records)
 
 
 def _seconds(value: float | None) -> str:

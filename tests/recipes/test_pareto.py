@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.recipes.pareto import COSTS, draw_pareto, pareto_front
+from common.recipes.pareto import COSTS, _points, draw_pareto, fronts, pareto_front
 from common.recipes.records import Record
 from common.recipes.rows import Row
 
@@ -77,10 +77,10 @@ def test_costs_have_an_axis(cost: str) -> None:
 
 
 def names(image: bytes) -> dict[str, tuple[float, float]]:
-    """Texts of an SVG picture and where they begin, in points from the upper left."""
+    """Texts of an SVG picture and where they begin, in points from the upper left (nan: several lines)."""
     found = {}
     for element in ElementTree.fromstring(image).iter("{http://www.w3.org/2000/svg}text"):
-        found["".join(element.itertext())] = (float(element.get("x")), float(element.get("y")))
+        found["".join(element.itertext())] = (float(element.get("x", "nan")), float(element.get("y", "nan")))
     return found
 
 
@@ -113,6 +113,27 @@ def test_words_that_tell_rows_apart_are_short() -> None:
     rows.append(row("one", 1e6, 0.6, (4, 4), architecture="found"))
     found = names(draw_pareto(rows, "bitops", "svg")[0])
     assert {"one 2/2 found", "one 2/2 PC_DARTS", "one 4/4"} <= found.keys()
+
+
+def test_rows_of_other_sizes_are_named_and_those_trained_longer_have_a_front_of_their_own() -> None:
+    def sized(method: str, cost: float, accuracy: float, **size: int) -> Row:
+        return row(method, cost, accuracy, size=tuple((dict(SIZE) | {"epochs": 20} | size).items()))
+
+    rows = [sized("a", 1e6, 0.5), sized("b", 2e6, 0.6), sized("wide", 3e6, 0.7, init_channels=16)]
+    found = names(draw_pareto(rows, "bitops", "svg")[0])
+    assert {"a 2/2", "b 2/2", "wide 2/2 init_channels=16"} <= found.keys()
+    assert any("init_channels=8 unless said" in text for text in found) and not any("epochs" in text for text in found)
+    # better and cheaper than all, but trained for longer: the others keep their filled marks and their line
+    rows.append(sized("long", 5e5, 0.8, epochs=40))
+    image = draw_pareto(rows, "bitops", "svg")[0]
+    found = names(image)
+    assert "long 2/2 epochs=40" in found and any("epochs=20, init_channels=8 unless said" in text for text in found)
+    points, _ = _points(rows, "bitops")
+    assert [[points[i].name[:4].strip() for i in members] for members in fronts(points)] == [
+        ["a 2/", "b 2/", "wide"],
+        ["long"],
+    ]
+    assert fronts(_points(rows[:3], "bitops")[0]) == [[0, 1, 2]]
 
 
 def test_what_cannot_be_drawn_is_said() -> None:
