@@ -491,7 +491,7 @@ def test_times_count_all_that_a_run_started_from(tmp_path: Path, capsys: pytest.
     write_run(tmp_path / "older", train_result(300, method="older", search_seconds=30.0))
     _, out, _ = run(capsys, tmp_path)
     assert [row["time s"] for row in cells(out) if "time s" in row][-1] == "30+62"
-    assert "Not counted for 1 of these runs" in out
+    assert "Runs that do not say what that took count without it: 1." in out
 
 
 def test_devices_stand_in_the_rows_where_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,7 @@ def _train_notes(columns: Iterable[str], rows: Sequence[Row]) -> list[str]:
         *notes,
         "BitOps: all layers/quantised layers only/the paper's accounting. memory: of the weights (share of fp32).",
         "time: search + training, with all that they started from (cells, weights, teacher)."
-        + (f" Not counted for {silent} of these runs, which do not say what that took." if silent else ""),
+        + (f" Runs that do not say what that took count without it: {silent}." if silent else ""),
     ]
 
 

@@ -75,8 +75,11 @@ def test_the_result_is_one_of_a_training(source: Path, quantized: Path) -> None:
         result = read_json(folder / "result.json")
         assert result["finished"] is True and (result["method"], result["stage"]) == ("ptq", "quantize")
         assert result["bits_mean"] == {"weight": bits, "activation": bits}
-        for name in ("epochs", "n_train", "n_test", "dataset", "seed", "architecture", "search_seconds"):
+        same = ("epochs", "n_train", "n_test", "dataset", "seed", "architecture")
+        for name in (*same, "search_seconds", "before_seconds"):
             assert result[name] == theirs[name], name
+        assert result["steps_per_epoch"] == 20
+        assert [part["seconds"] for part in result["started_from"]] == [theirs["seconds"]] == [result["source_seconds"]]
         assert result["fp32_top1"] == theirs["metrics"]["test_top1"]
         assert result["metrics"]["test_top1"] == result["metrics"]["test_correct"] / 360
         assert {**theirs["network"], **result["network"]} == {**result["network"]}
