@@ -5,9 +5,10 @@
     python sweep.py scripts/plans/table1_cifar10.json --size smoke --seeds 0 1 --jobs 2
     python sweep.py --grid learning-rate=.05,.1 --seeds 0 1 2 -- python qdarts/train.py --arch PC_DARTS
 
-A job's id is the digest of its command. Finished jobs are skipped, interrupted ones go on, failed ones are tried once
-more and named at the end. Ctrl-C stops everything in good order; the same command goes on. Exit code: 0 all done,
-1 some failed, 2 the plan or a flag is wrong, 130 interrupted. docs/sweep.md has the format of a plan.
+A job's id is the digest of its command, and of nothing else: an edited preset or another version of a program is not
+noticed; give another --out, or delete the run's folder. Finished jobs are skipped, interrupted ones go on, failed ones
+are tried once more and named at the end. Ctrl-C stops everything in good order; the same command goes on. Exit code: 0
+all done, 1 some failed, 2 the plan or a flag is wrong, 130 interrupted. docs/sweep.md has the format of a plan.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,35 @@ def test_documented_flags_parse(
         importlib.import_module(program.removesuffix(".py").replace("/", ".")).main([*flags, "--print-config"])
     assert stopped.value.code == 0, capsys.readouterr().err
     assert "threads" in capsys.readouterr().out
+
+
+def planned() -> list[list[str]]:
+    """Every documented command that runs a plan or a grid, each once."""
+    found = {}
+    for _, block in blocks("bash"):
+        for words in commands(block):
+            tables = words[0] == "bash" and re.fullmatch(r"scripts/(table\w*|ablations)\.sh", words[1])
+            if tables or words[:2] == ["python", "sweep.py"]:
+                found.setdefault(shlex.join(words), words)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("words", planned(), ids=titled)
+def test_documented_sweeps_and_tables_plan(words: list[str], root: Path) -> None:
+    """--dry-run reads all flags, the plan and every command in it; one line a job."""
+    command = [sys.executable if words[0] == "python" else words[0], *words[1:]]
+    if "--dry-run" not in words:
+        command.insert(command.index("--") if "--" in command else len(command), "--dry-run")
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert len(lines) > 1 and all(len(line) == 4 and line[3].startswith("python ") for line in lines), done.stdout
+
+
+def test_sweeps_and_tables_are_documented() -> None:
+    named = " ".join(word for words in planned() for word in words)
+    for name in ("sweep.py --grid", "sweep.py scripts/plans/", "table1_cifar10.sh", "table_darts.sh", "ablations.sh"):
+        assert name in named, name
 
 
 @pytest.mark.parametrize("file, block", blocks("python"), ids=lambda value: getattr(value, "name", "block"))

@@ -223,6 +223,7 @@ def change(path: Sequence[Any], value: Any) -> dict[str, Any]:
         (["jobs", 0, "after"], ["all"], "waits for all"),
         (["jobs", 1, "name"], "first/search", "is there twice"),
         (["jobs", 2, "name"], "k", "is there twice"),
+        (["jobs", 2, "grid"], {"seed": [1, 2]}, "grid: seed has a meaning of its own; use --seeds 0 1 2"),
         (["jobs", 1, "command"], "run -s 0 --save OUT/s0/first/search", "have the same command"),
         (["report"], ["table {row}"], "did you mean rows?"),
     ],
@@ -279,6 +280,22 @@ def test_grid_of_flags_and_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[3][3] == (
         "python darts/train.py --arch PC_DARTS --lr .2 --epochs 3 --seed 5 --save o/s5/lr-.2_epochs-3 --resume auto"
     )
+
+
+@pytest.mark.parametrize("entry", ["seed=0,1,2", "--seed=0,1,2"])
+def test_a_grid_of_seeds_is_refused_with_the_cure(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        sweep.main([f"--grid={entry}", "--dry-run", "--", "python", "qdarts/train.py"])
+    assert end.value.code == 2
+    assert "--grid: seed has a meaning of its own; use --seeds 0 1 2" in capsys.readouterr().err
+
+
+def test_what_an_id_does_not_see_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    for text in (capsys.readouterr().out, (root / "docs" / "sweep.md").read_text()):
+        text = " ".join(text.split())
+        assert "an edited preset" in text and "not noticed" in text and "--out" in text
 
 
 def test_grid_of_any_command() -> None:

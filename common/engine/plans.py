@@ -24,6 +24,8 @@ _VARIABLE = re.compile(r"\{([A-Za-z][\w-]*)\}")
 _FOLDER = re.compile(r"\{dir:([^{}]+)\}")
 _NEEDED = ("name", "method")
 _RESERVED = ("seed", "out", "size", "dir", "rows")
+_OF_A_JOB = {"seed": "use --seeds 0 1 2", "dir": "choose another name"}
+"""What each job has of its own, so that no grid can set it, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,7 @@ def grid_plan(command: Sequence[str], grid: Mapping[str, Value], seeds: Sequence
     Flags and seed are appended where the command has no placeholder for them, and so is `--save DIR --resume auto`
     where it says nothing of {dir}.
     """
+    _check_grid(grid, path)
     words = list(command)
     for name in (*grid, "seed"):
         if f"{{{name}}}" not in " ".join(words):
@@ -272,6 +275,8 @@ def _template(data: Any, where: str) -> Template:
         raise ValueError(f"{where}: needs the texts {' and '.join(_NEEDED)}, and a command")
     where = f"{where} ({data['name']})"
     _check_keys(data, ("about", "name", "method", "setting", "command", "after", "row", "grid"), where)
+    grid = _variables(data.get("grid", {}), f"{where}: grid")
+    _check_grid(grid, f"{where}: grid")
     after = data.get("after", [])
     if not isinstance(after, list) or not all(isinstance(entry, str) for entry in after):
         raise ValueError(f"{where}: after must be a list of names of jobs")
@@ -282,8 +287,14 @@ def _template(data: Any, where: str) -> Template:
         setting=str(data.get("setting", "")),
         after=tuple(after),
         row=data.get("row", False) is True,
-        grid=_variables(data.get("grid", {}), f"{where}: grid"),
+        grid=grid,
     )
+
+
+def _check_grid(grid: Mapping[str, Value], where: str) -> None:
+    for name, cure in _OF_A_JOB.items():
+        if name in grid:
+            raise ValueError(f"{where}: {name} has a meaning of its own; {cure}")
 
 
 def _command(data: Any, where: str) -> tuple[str, ...]:
