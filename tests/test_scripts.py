@@ -421,6 +421,17 @@ IMPORT_NAMES = {
 BY_HAND = {"rich", "cupy"}
 
 
+def python_files() -> list[Path]:
+    """The tools, and every file of every room: a folder with an __init__.py, or of programs (scripts, benchmarks)."""
+    rooms = [path.parent for path in ROOT.glob("*/__init__.py")] + [ROOT / "scripts", ROOT / "benchmarks"]
+    return sorted({*ROOT.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))})
+
+
+def test_imports_are_looked_at_in_every_room() -> None:
+    tops = {path.relative_to(ROOT).parts[0] for path in python_files()}
+    assert {"common", "qdarts", "darts", "ptq", "fbqat", "qsubnet", "scripts", "benchmarks", "report.py"} <= tops
+
+
 def test_every_import_is_required_somewhere() -> None:
     ours = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
 
@@ -430,7 +441,7 @@ def test_every_import_is_required_somewhere() -> None:
     core = names(ROOT / "requirements.txt")
     anything = set().union(*map(names, REQUIREMENT_FILES)) | BY_HAND
     rows = []
-    for path in [*ROOT.glob("*.py"), *(file for top in ("common", "qdarts") for file in (ROOT / top).rglob("*.py"))]:
+    for path in python_files():
         tree = ast.parse(path.read_text())
         at_top = {id(node) for node in tree.body}
         for node in ast.walk(tree):
