@@ -30,5 +30,5 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 started_from=$PWD
 cd "$ROOT"
 if [ "$started_from" != "$ROOT" ] && [ ${#arguments[@]} -gt 0 ]; then echo "test: paths are relative to $ROOT"; fi
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS nproc)  # which would count those threads
 exec "$ROOT/.venv/bin/python" -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
