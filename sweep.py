@@ -7,8 +7,9 @@
 
 A job's id is the digest of its command, and of nothing else: an edited preset or another version of a program is not
 noticed; give another --out, or delete the run's folder. Finished jobs are skipped, interrupted ones go on, failed ones
-are tried once more and named at the end. Ctrl-C stops everything in good order; the same command goes on. Exit code: 0
-all done, 1 some failed, 2 the plan or a flag is wrong, 130 interrupted. docs/sweep.md has the format of a plan.
+are tried once more (not after exit code 2, a usage error) and named at the end. Ctrl-C stops everything in good order;
+the same command goes on. Exit code: 0 all done, 1 some failed, 2 the plan or a flag is wrong, 130 interrupted.
+docs/sweep.md has the format of a plan.
 """
 
 from __future__ import annotations

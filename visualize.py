@@ -17,7 +17,9 @@ from typing import NoReturn
 
 from common.engine.parsing import Parser, integer
 
-USAGE = "python visualize.py TARGET [--format svg|png|pdf ...] [--out FILE] [--wbits W --abits A]"
+USAGE = (
+    "python visualize.py TARGET [--format svg|png|pdf ...] [--out FILE] [--wbits W --abits A] [--search-space FILE.py]"
+)
 _ENDINGS = ("svg", "png", "pdf")
 
 
@@ -36,6 +38,8 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the picture's path; its ending names the format")
     parser.add_argument("--wbits", type=integer(1, 32), metavar="W", help="draw with uniform weight bits")
     parser.add_argument("--abits", type=integer(1, 32), metavar="A", help="draw with uniform activation bits")
+    own = "operations of your own that the cells hold"
+    parser.add_argument("--search-space", type=Path, metavar="FILE.py", help=own)
     return parser
 
 
@@ -69,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not targets and len(args.format) > 1 and asked[-1] not in _ENDINGS:
         targets, asked = [args.format[-1]], asked[:-1]
     if len(targets) != 1:
-        print(f"usage: {USAGE}", file=sys.stderr)
-        return 1
+        wrong = f"{len(targets)} are given ({' '.join(targets)}); name one" if targets else "is missing; name one"
+        _parser().fail([f"TARGET: {wrong} genotype, architecture.json or run's folder"])
 
     from common.nets.architecture import load_architecture
     from common.recipes.pictures import draw_cells
@@ -79,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (args.wbits is None) != (args.abits is None):
             raise ValueError("--wbits and --abits: give both or neither")
         formats = chosen_formats(asked, args.out)
+        if args.search_space is not None:
+            from common.recipes.own_space import load_search_space
+
+            load_search_space(args.search_space)
         architecture = load_architecture(targets[0])
         if args.wbits is not None:
             architecture = architecture.with_uniform_bits(args.wbits, args.abits)

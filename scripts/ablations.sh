@@ -13,11 +13,11 @@
 #   second-order   second-order architecture gradients in place of the first order
 #   rank           does the supernet rank the random networks as their trainings do?
 #
-#   bash scripts/ablations.sh [--size paper|small|quickstart|smoke] [--seeds "0 1 2"] [--data DIR] [--jobs N]
-#                             [--only NAMES] [--out DIR] [--results DIR] [--dry-run]
+#   bash scripts/ablations.sh [--size paper|small|quickstart|smoke] [--seeds 0 1 2] [--data DIR] [--jobs N]
+#                             [--only NAME ...] [--out DIR] [--results DIR] [--dry-run]
 #
 #   --size SIZE    paper (default): GPU weeks; small: CIFAR-10 at 16x16; quickstart, smoke: digits
-#   --seeds LIST   seeds of everything random (default "0 1 2")
+#   --seeds LIST   seeds of everything random (default 0 1 2)
 #   --data DIR     where CIFAR-10 lies, or is downloaded to
 #   --jobs N       processes at a time (default 1)
 #   --only NAMES   some of the names above only, with what they wait for: joint, lambda, target, rank ...

@@ -4,7 +4,7 @@
 # The figures on digits in README.md and docs/results.md: the quickstart over several seeds, and the share of
 # parameter-free operations that a search finds at three weights of the cost in the architecture step.
 #
-#   bash scripts/digits_study.sh [--seeds "0 1 2"] [--out DIR] [--only quickstart|share]
+#   bash scripts/digits_study.sh [--seeds 0 1 2] [--out DIR] [--only quickstart|share]
 #
 # Writes results/quickstart.csv and results/parameter_free_share.csv. Stopped, the same command goes on.
 set -euo pipefail
@@ -19,8 +19,11 @@ while [ $# -gt 0 ]; do
         -h | --help) sed -n '4,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         --seeds | --out | --only)
             [ $# -gt 1 ] || fail "$1 needs a value"
-            declare "${1#--}=$2"
-            shift 2 ;;
+            flag=${1#--} value=$2
+            shift 2
+            # --seeds: all words until the next flag
+            while [ "$flag" = seeds ] && [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do value+=" $1"; shift; done
+            declare "$flag=$value" ;;
         *) fail "unknown argument '$1'; see --help" ;;
     esac
 done

@@ -3,12 +3,12 @@
 #
 # What the scripts of tables have in common: one plan of scripts/plans, run by sweep.py.
 #
-#   bash scripts/run_plan.sh NAME [--size SIZE] [--seeds "0 1 2"] [--data DIR] [--jobs N] [--only NAMES] [--out DIR]
+#   bash scripts/run_plan.sh NAME [--size SIZE] [--seeds 0 1 2] [--data DIR] [--jobs N] [--only NAME ...] [--out DIR]
 #                            [--results DIR] [--dry-run]
 #
 #   NAME           of the plan, and of the script whose help is shown
 #   --size SIZE    one of the plan's sizes (default: its first)
-#   --seeds LIST   seeds of everything random (default: the plan's)
+#   --seeds N ...  seeds of everything random (default: the plan's)
 #   --data DIR     where the data lie, or are downloaded to
 #   --jobs N       processes at a time (default 1)
 #   --only NAMES   some methods or jobs only, with what they wait for
@@ -33,12 +33,17 @@ while [ $# -gt 0 ]; do
         -h | --help) show_help "$ROOT/scripts/$name.sh" ;;
         --dry-run) dry=--dry-run; shift ;;
         --size | --seeds | --data | --jobs | --only | --out | --results)
-            [ $# -gt 1 ] || fail "$1 needs a value"
-            case $1 in
-                --data | --out | --results) declare "${1#--}=$(absolute "$2")" ;;
-                *) declare "${1#--}=$2" ;;
+            flag=$1
+            [ $# -gt 1 ] || fail "$flag needs a value"
+            case $flag in
+                --data | --out | --results) value=$(absolute "$2") ;;
+                *) value=$2 ;;
             esac
-            shift 2 ;;
+            shift 2
+            case $flag in --seeds | --only) # lists: all words until the next flag
+                while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do value+=" $1"; shift; done ;;
+            esac
+            declare "${flag#--}=$value" ;;
         *) fail "unknown argument '$1'; see --help" ;;
     esac
 done

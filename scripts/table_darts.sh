@@ -5,11 +5,11 @@
 # CIFAR-10 accuracies beside ours: 97.00 +- .14 and 97.24 +- .09 (Liu et al., ICLR 2019, table 1: DARTS first and second
 # order) and 97.43 +- .07 (Xu et al., ICLR 2020, table 1: PC-DARTS).
 #
-#   bash scripts/table_darts.sh [--size paper|small|quickstart|smoke] [--seeds "0 1 2"] [--data DIR] [--jobs N]
-#                               [--only CELL] [--out DIR] [--results DIR] [--dry-run]
+#   bash scripts/table_darts.sh [--size paper|small|quickstart|smoke] [--seeds 0 1 2] [--data DIR] [--jobs N]
+#                               [--only CELL ...] [--out DIR] [--results DIR] [--dry-run]
 #
 #   --size SIZE    paper (default): 600 epochs, GPU days; the others are smaller, and no match for what was published
-#   --seeds LIST   seeds of everything random (default "0 1 2")
+#   --seeds LIST   seeds of everything random (default 0 1 2)
 #   --data DIR     where CIFAR-10 lies, or is downloaded to
 #   --jobs N       processes at a time (default 1)
 #   --only NAMES   some cells only

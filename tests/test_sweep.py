@@ -368,6 +368,15 @@ def test_failure_is_retried_once_reported_and_blocks_only_what_waits(sandbox: Sa
     assert sandbox.notes()[-4:] == ["bad start", "bad end", "after-bad start", "after-bad end"]
 
 
+def test_a_usage_error_is_reported_at_once(sandbox: Sandbox) -> None:
+    """What refuses its flags refuses them the second time too."""
+    sandbox.write({"name": "bad", "code": 2}, {"name": "good"})
+    done = sandbox.run()
+    assert done.returncode == 1 and "once more" not in done.stdout
+    assert [note for note in sandbox.notes() if note.endswith("start")] == ["bad start", "good start"]
+    assert "failed: s0/bad (exit code 2;" in done.stdout
+
+
 def test_interrupt_stops_the_jobs_and_the_same_command_goes_on(sandbox: Sandbox) -> None:
     sandbox.write({"name": "a"}, {"name": "b"}, {"name": "c"})
     sandbox.mark("hold-b")
@@ -489,6 +498,23 @@ def test_plans_are_sound_at_every_size(path: Path) -> None:
             assert job.command[0] == "python" and job.method and job.setting, job.key
             assert job.command[1] == "-m" or (ROOT / job.command[1]).is_file(), f"{job.key}: {job.command[1]}"
             assert str(job.folder) in job.command or not job.row, f"{job.key} does not save into its folder"
+
+
+def test_lists_of_a_script_are_words_or_one_text(tmp_path: Path) -> None:
+    """--only and --seeds take all words until the next flag; quoted or with commas they mean the same."""
+    script = ["bash", str(ROOT / "scripts" / "table1_cifar10.sh"), "--size", "smoke"]
+    planned = set()
+    for only, seeds in ((["darts", "ptq"], ["0", "4"]), (["darts ptq"], ["0 4"]), (["darts,ptq"], ["0,4"])):
+        dry = subprocess.run(
+            [*script, "--only", *only, "--dry-run", "--seeds", *seeds], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert dry.returncode == 0, dry.stderr
+        planned.add(dry.stdout)
+    (text,) = planned
+    lines = [line.split("\t") for line in text.splitlines()]
+    assert {line[0] for line in lines} == {"darts", "ptq"} and {line[2] for line in lines} == {"0", "4"}
+    wrong = subprocess.run([*script, "--jobs", "2", "ptq"], capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 2 and "unknown argument 'ptq'" in wrong.stderr
 
 
 def test_the_table_has_the_rows_of_the_paper(tmp_path: Path) -> None:

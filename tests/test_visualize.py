@@ -41,7 +41,9 @@ def test_name_becomes_a_picture_beside_the_name(here: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("argv", [(), ("PC_DARTS", "DARTS_V2"), ("a", "b", "c")])
 def test_wrong_count_prints_usage_and_ends_with_1(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*argv) == 1
-    assert "usage: python visualize.py TARGET" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage: python visualize.py TARGET" in said
+    assert ("TARGET: is missing" if not argv else f"TARGET: {len(argv)} are given") in said
 
 
 def test_unknown_name_as_in_the_paddle_script(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,7 @@ def make_parser() -> Parser:
         help="bits of the classifier (default: the run's, or 32)",
     )
     add("--bit-mapping", type=choice("relative", "paper"), metavar="relative|paper", help="as in train.py")
+    add("--search-space", type=Path, metavar="FILE.py", help="operations of your own that the network holds")
     add("--json", action=Switch, default=False, help="one JSON object")
     add("--per-layer", action=Switch, default=False, help="a row for every layer too")
     return parser
@@ -78,6 +79,10 @@ def cost_of(config: Config) -> tuple[Cost, dict[str, Any]]:
         raise ValueError("TARGET: missing; give a genotype's name, an architecture.json, or a run's folder")
     if (config.wbits is None) != (config.abits is None):
         raise ValueError("--wbits and --abits: give both, or none")
+    if config.search_space is not None:
+        from common.recipes.own_space import load_search_space
+
+        load_search_space(config.search_space)
     run = _run_flags(target)
     known = {name: value for name, value in vars(config).items() if value is not None}
     name = known.get("dataset") or run.get("dataset") or "cifar10"

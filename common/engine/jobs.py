@@ -24,6 +24,7 @@ from common.engine.files import read_json, write_json
 
 WAITING, RUNNING, DONE, FAILED, BLOCKED = "waiting", "running", "done", "failed", "blocked"
 ATTEMPTS = 2
+USAGE_ERROR = 2  # the exit code of a program that refuses its flags or files
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0  # for a run's last checkpoint after an interrupt
 
@@ -191,8 +192,9 @@ class _Running:
 def run_jobs(jobs: Sequence[Job], store: JobStore, executor: Executor, slots: int = 1) -> Iterator[Event]:
     """Run what is not done, `slots` at a time, each after those that it waits for; the order is that of `jobs`.
 
-    A job that fails is tried once more at once; those that wait for it are then blocked, all others run on. A job is
-    done again when one that it waits for was. Closing the generator, and any exception, interrupts what still runs.
+    A job that fails is tried once more at once, unless its exit code is that of a usage error; those that wait for it
+    are then blocked, all others run on. A job is done again when one that it waits for was. Closing the generator, and
+    any exception, interrupts what still runs.
     """
     return _Sweep(jobs, store, executor, slots).events()
 
@@ -245,7 +247,9 @@ class _Sweep:
             del self.running[job]
             self.status[job.key] = DONE if code == 0 else FAILED
             self.store.write(job, self.status[job.key], entry.attempt, entry.seconds)
-            if code and entry.attempt < ATTEMPTS and self._start(job, entry.attempt + 1):
+            # A program that refuses its flags would refuse the same ones again; anything else may have been the moment.
+            again = code not in (0, USAGE_ERROR) and entry.attempt < ATTEMPTS
+            if again and self._start(job, entry.attempt + 1):
                 yield Event("retry", job, code, entry.seconds)
             else:
                 yield Event(self.status[job.key], job, code, entry.seconds)

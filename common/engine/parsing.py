@@ -13,6 +13,7 @@ import argparse
 import difflib
 import json
 import math
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -309,6 +310,36 @@ def _jsonable(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------ resolution
 
 
+class _Errors(list[str]):
+    """What is wrong so far, and which flags have no value that the rules across flags could speak about."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self.parser = parser
+        self.open: set[str] = set()
+
+    def refuse(self, action: argparse.Action | None, message: str) -> None:
+        """Note an error in a flag's own value, or in its name (`action`: the flag that was perhaps meant)."""
+        self.append(message)
+        if action is not None:
+            self.open.add(_identity(action))
+
+    def extend_across(self, messages: Sequence[str]) -> None:
+        """Add what the rules across flags say, but nothing that names a flag whose value is open.
+
+        In place of the refused value the rule saw a default, so that it would speak of something nobody wrote.
+        """
+        for message in messages:
+            named = (self.parser.find(name) for name in re.findall(r"--[a-z][\w-]*", message))
+            if self.open.isdisjoint(_identity(action) for action in named if action is not None):
+                self.append(message)
+
+
+def _identity(action: argparse.Action) -> str:
+    """One text for all spellings of a flag."""
+    return action.option_strings[0] if action.dest == argparse.SUPPRESS else action.dest
+
+
 def resolve(
     parser: Parser,
     argv: Sequence[str],
@@ -320,11 +351,12 @@ def resolve(
     """Read `argv`: defaults < preset < config file < flags; all errors together, exit code 2.
 
     `presets`: name -> {dest: value}, an entry "about" describes it. `derive` fills values that follow from others
-    (only those that nobody set), before `validate`, whose functions return messages "--flag: reason; cure". `--help`,
-    `--list-presets` and `--print-config` print and exit with 0.
+    (only those that nobody set), before `validate`, whose functions return messages "--flag: reason; cure"; those that
+    name a flag whose own value was refused are not shown. `--help`, `--list-presets` and `--print-config` print and
+    exit with 0.
     """
     presets = presets or {}
-    errors: list[str] = []
+    errors = _Errors(parser)
     given = _scan(parser, argv, errors)
     actions = parser.dests()
     values = {dest: parser.get_default(dest) for dest in actions}
@@ -358,7 +390,7 @@ def resolve(
             setattr(config, dest, value)
             sources[dest] = "derived"
     for check in validate:
-        errors.extend(check(config))
+        errors.extend_across(check(config))
     if errors:
         parser.fail(list(dict.fromkeys(errors)))
     if getattr(config, "print_config", False):
@@ -390,7 +422,7 @@ def _looks_like_flag(token: str) -> bool:
     return token.startswith("--") or (len(token) > 1 and token[0] == "-" and token[1].isalpha())
 
 
-def _scan(parser: Parser, argv: Sequence[str], errors: list[str]) -> dict[str, Any]:
+def _scan(parser: Parser, argv: Sequence[str], errors: _Errors) -> dict[str, Any]:
     """The values on the command line; unlike argparse it goes on after an error, so that all of them are seen."""
     given: dict[str, Any] = {}
     loose: list[str] = []
@@ -406,7 +438,8 @@ def _scan(parser: Parser, argv: Sequence[str], errors: list[str]) -> dict[str, A
         name, equals, value = token.partition("=")
         action = parser.find(name)
         if action is None:
-            errors.append(_unknown(name, parser))
+            message, meant = _unknown(name, parser)
+            errors.refuse(meant, message)
             if not equals and tokens and not _looks_like_flag(tokens[0]):
                 tokens.popleft()
             continue
@@ -416,10 +449,12 @@ def _scan(parser: Parser, argv: Sequence[str], errors: list[str]) -> dict[str, A
     return given
 
 
-def _unknown(name: str, parser: Parser) -> str:
+def _unknown(name: str, parser: Parser) -> tuple[str, argparse.Action | None]:
+    """The message about a flag that does not exist, and the flag that was perhaps meant."""
     known = [option for option, action in parser._option_string_actions.items() if action.help != argparse.SUPPRESS]
     near = _nearest("--" + name.lstrip("-").replace("_", "-"), known)
-    return f"{name}: there is no such flag" + (f"; did you mean {near}?" if near else "; --help lists them all")
+    message = f"{name}: there is no such flag" + (f"; did you mean {near}?" if near else "; --help lists them all")
+    return message, parser.find(near) if near else None
 
 
 def _take(action: argparse.Action, tokens: deque[str]) -> list[str]:
@@ -438,7 +473,7 @@ def _take(action: argparse.Action, tokens: deque[str]) -> list[str]:
 
 
 def _accept(
-    parser: Parser, action: argparse.Action, name: str, raw: list[str], given: dict[str, Any], errors: list[str]
+    parser: Parser, action: argparse.Action, name: str, raw: list[str], given: dict[str, Any], errors: _Errors
 ) -> None:
     """Convert one option's values into `given`, or add to `errors`."""
     if isinstance(action, argparse._HelpAction):
@@ -454,7 +489,7 @@ def _accept(
     try:
         value = _converted(action, raw)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        errors.append(f"{name}: {error}")
+        errors.refuse(action, f"{name}: {error}")
         return
     if canonical in getattr(action, "negative", ()):
         value = not value
@@ -495,7 +530,7 @@ def _checked(action: argparse.Action, value: Any) -> Any:
     return value
 
 
-def _positionals(parser: Parser, loose: list[str], given: dict[str, Any], errors: list[str]) -> None:
+def _positionals(parser: Parser, loose: list[str], given: dict[str, Any], errors: _Errors) -> None:
     rest = list(loose)
     for action in parser._get_positional_actions():
         many = action.nargs in ("+", "*")
@@ -505,13 +540,13 @@ def _positionals(parser: Parser, loose: list[str], given: dict[str, Any], errors
             try:
                 given[action.dest] = _converted(action, raw)
             except (ValueError, argparse.ArgumentTypeError) as error:
-                errors.append(f"{name}: {error}")
+                errors.refuse(action, f"{name}: {error}")
         elif action.nargs not in ("?", "*") and action.dest not in given:
             errors.append(f"{name}: is missing; see --help")
     errors.extend(f"{item!r}: belongs to no flag; see --help" for item in rest)
 
 
-def _read_config(parser: Parser, path: Path, errors: list[str]) -> dict[str, Any]:
+def _read_config(parser: Parser, path: Path, errors: _Errors) -> dict[str, Any]:
     """{dest: value} of a JSON file of flags; keys in any spelling, values typed like the flags."""
     try:
         content = json.loads(path.read_text())
@@ -529,16 +564,14 @@ def _read_config(parser: Parser, path: Path, errors: list[str]) -> dict[str, Any
     for key, value in content.items():
         action = parser.find("--" + key) or by_dest.get(key)
         if action is None or isinstance(action, argparse._HelpAction):
-            errors.append(
-                _unknown("--" + key, parser)
-                .replace("--" + key, f"--config {path}: {key!r}", 1)
-                .replace("flag", "key", 1)
-            )
+            message, meant = _unknown("--" + key, parser)
+            message = message.replace("--" + key, f"--config {path}: {key!r}", 1).replace("flag", "key", 1)
+            errors.refuse(meant, message)
             continue
         try:
             found.update(_from_json(action, value))
         except (ValueError, argparse.ArgumentTypeError) as error:
-            errors.append(f"--config {path}: {key!r}: {error}")
+            errors.refuse(action, f"--config {path}: {key!r}: {error}")
     return found
 
 

@@ -306,6 +306,8 @@ class SearchLoop:
                     on_step(self.global_step)
             self._end_epoch(run, evaluate, on_epoch, started, self.steps - first)
             eta.step()
+            if self.stopped_early:
+                eta.total = eta.done  # nothing is left
             log(f"epoch {self.epoch}/{self.settings.epochs} done, {eta.text()}")
         genotype = self.model.genotype()
         return SearchOutcome(genotype, self.epoch, self.global_step, dict(self.summary), self.stopped_early)

@@ -171,7 +171,7 @@ def check_launch(config: Config, prog: str, argv: Sequence[str]) -> list[str]:
     program = sys.argv[0] if typed.is_file() and typed.name == Path(prog).name else prog
     gpus = max(1, torch.cuda.device_count())
     return [
-        "--use-data-parallel: several processes are started by torchrun; type\n    "
+        "--use-data-parallel: torchrun starts the processes, one for each GPU; type\n    "
         + shlex.join(["torchrun", f"--nproc_per_node={gpus}", program, *argv])
     ]
 

@@ -33,8 +33,8 @@ class SearchSpace:
 def load_search_space(path: Path) -> SearchSpace:
     """Run FILE.py, which registers operations in OPERATIONS and may set PRIMITIVES; each file once a process.
 
-    Without PRIMITIVES the candidates are DARTS's and the new operations. Raises ValueError naming the file, the reason
-    and the cure.
+    Without PRIMITIVES the candidates are DARTS's and the new operations; one of the two must be there. Raises
+    ValueError naming the file, the reason and the cure.
     """
     source = f"--search-space {path}"
     before = dict(OPERATIONS)
@@ -55,6 +55,11 @@ def load_search_space(path: Path) -> SearchSpace:
 
 
 def _candidates(module: ModuleType, own: tuple[str, ...], source: str) -> tuple[str, ...]:
+    if not own and not hasattr(module, "PRIMITIVES"):
+        raise ValueError(
+            f"{source}: registers no operation and sets no PRIMITIVES, so it would change nothing; put a builder into "
+            "OPERATIONS (from common.nets), or list the candidates in PRIMITIVES"
+        )
     primitives = getattr(module, "PRIMITIVES", (*PRIMITIVES, *own))
     if not isinstance(primitives, list | tuple) or not all(isinstance(name, str) for name in primitives):
         raise ValueError(f"{source}: PRIMITIVES must be a list of names")

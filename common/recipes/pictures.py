@@ -98,7 +98,7 @@ def lay_out_architecture(architecture: Architecture, *, title: str | None = None
     shown = {bits for chip in chips for bits in chip.bits}
     legend = [(_legend_text(bits), colour) for bits, colour in BIT_COLOURS.items() if bits in shown]
     if any(len(chip.bits) > 1 for chip in chips):
-        legend.append(("differs from cell to cell", MIXED_COLOUR))
+        legend.append(("differs within or between cells", MIXED_COLOUR))
     if legend and any(not edge.chips for cell in cells for edge in cell.edges):
         legend.append(("no weights", _NO_WEIGHTS))
     return lay_out(cells, title=name, legend=legend)
@@ -120,7 +120,7 @@ def architecture_cells(architecture: Architecture) -> list[Cell]:
 
 
 def bits_text(bits: Sequence[int]) -> str:
-    """Bit-widths of one place over all cells of a type: `2`, or the range `2-4` where they differ."""
+    """Bit-widths of one place, its convolutions in all cells of a type: `2`, or the range `2-4` where they differ."""
     low, high = min(bits), max(bits)
     return str(low) if low == high else f"{low}-{high}"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.cost.__main__ import main as cost
 from common.engine import read_json
 from common.nets import OPERATIONS, load_architecture
 from common.recipes.own_space import load_search_space
@@ -16,6 +17,7 @@ from darts.search import main as search
 from darts.train import main as train
 from evaluate import main as evaluate
 from qdarts.search import main as search_with_bits
+from visualize import main as visualize
 
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--no-tensorboard"]
 ONLY = 'PRIMITIVES = ("none", "depthwise_3x3")\n'
@@ -68,6 +70,23 @@ def test_a_network_of_it_is_refused_without_the_file(
     assert "unknown primitive 'depthwise_3x3'" in (error := capsys.readouterr().err) and "--search-space" in error
 
 
+def test_the_tools_take_the_file(example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each in a process that has not seen the file; without it they say which flag is the cure."""
+    before = dict(OPERATIONS)
+    load_search_space(example)
+    architecture = load_architecture("DARTS_V2").with_uniform_bits(2, 4)
+    path = architecture.save(tmp_path / "architecture.json")
+    path.write_text(path.read_text().replace("dil_conv_3x3", "depthwise_3x3"))
+    for tool, code in ((visualize, 1), (cost, 2)):
+        OPERATIONS.clear()
+        OPERATIONS.update(before)
+        load_search_space.cache_clear()
+        assert tool([str(path)]) == code and "--search-space" in capsys.readouterr().err
+        assert tool([str(path), "--search-space", str(example)]) == 0, capsys.readouterr().err
+    svg = path.with_suffix(".svg").read_text()
+    assert "depthwise_3x3" in svg and "w2" in svg
+
+
 def test_the_content_belongs_to_the_configuration_and_the_place_does_not(
     example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +128,8 @@ HEAD = "from torch import nn\nfrom common.nets import OPERATIONS\n"
         ("PRIMITIVES = ('none', 'conv_9x9')\n", "names 'conv_9x9', which nobody registered"),
         ("PRIMITIVES = ('none',)\n", "at least one operation"),
         ("PRIMITIVES = 'sep_conv_3x3'\n", "must be a list of names"),
+        ("", "registers no operation and sets no PRIMITIVES"),
+        ("from common.nets import OPERATIONS\n", "put a builder into OPERATIONS (from common.nets)"),
         (HEAD + "OPERATIONS['skip_connect'] = lambda c, n, channels, s: nn.Identity()\n", "is an operation already"),
         (
             HEAD + "OPERATIONS['same'] = lambda c, n, channels, s: nn.Identity()\n",

@@ -161,6 +161,29 @@ def test_all_errors_at_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "errors"),
+    [
+        ("--wbits 6 --abits 2", ["--wbits"]),
+        ("--wbit 2 --abits 2", ["--wbit"]),  # perhaps --wbits was meant
+        ("--wbits 6 --abits 2 --select val --val-fraction 0", ["--wbits", "--val-fraction"]),
+        ("--teacher-weight 7", ["--teacher-weight"]),
+        ("--abits 2 --select val --val-fraction 0", ["--abits", "--val-fraction"]),
+    ],
+)
+def test_rules_across_flags_say_nothing_about_a_refused_flag(
+    capsys: pytest.CaptureFixture[str], argv: str, errors: list[str]
+) -> None:
+    said = refused(capsys, training, *argv.split())
+    assert [line.split(":")[0].strip() for line in said.splitlines()[1:-1]] == errors
+
+
+def test_nor_about_one_that_a_config_file_gets_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"wbits": 6, "abits": 2}')
+    assert "1 error," in refused(capsys, training, "--config", str(file))
+
+
+@pytest.mark.parametrize(
     ("argv", "flag"),
     [
         ("--epochs 0", "--epochs"),

@@ -164,6 +164,14 @@ def test_any_module_with_three_methods() -> None:
     assert outcome.genotype in (0, 1)
 
 
+def test_nothing_is_left_after_an_early_stop() -> None:
+    memory = Memory()
+    _, outcome = run_toy(memory=memory, on_epoch=lambda epoch, _: epoch == 1)
+    assert outcome.stopped_early and outcome.epochs == 2
+    (last,) = [line for line in memory.lines if line.startswith("epoch 2/4 done")]
+    assert last.endswith(", 0.0 s left") and memory.lines[-1] == last
+
+
 def test_order_of_the_steps_and_of_the_batches() -> None:
     train, valid = ToyStream(1, 5), ToyStream(2, 4)
     model, _ = run_toy(epochs=3, streams=(train, valid))

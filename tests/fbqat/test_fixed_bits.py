@@ -43,6 +43,12 @@ def test_bits_must_be_given(flags: tuple[str, ...], capsys: pytest.CaptureFixtur
     assert ("--abits" if flags[:1] == ("--wbits",) else "--fixed_bit 2 or 4") in capsys.readouterr().err
 
 
+def test_bits_that_are_refused_were_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*SMOKE, "--fixed_bit", "5"])
+    assert "1 error," in (said := capsys.readouterr().err) and "'5' is not offered" in said
+
+
 @pytest.mark.parametrize("more", [(), LSQ])
 def test_init_from_keeps_every_weight_and_the_cells(source: Path, more: tuple[str, ...]) -> None:
     prepared = prepare(config_of("--fixed_bit", "4", "--init-from", str(source), *more))

@@ -146,7 +146,7 @@ def test_svg_says_every_operation_state_and_bit(tmp_path: Path, painter: str) ->
     # normal cell: sep, skip, sep, dil, sep, sep, avg_pool, dil; reduction: 7 of 8 with weights; and 4 inputs
     assert said["w2-4"] == 1 and said["w2"] == 5 + 7 + 2
     assert said["a4"] == 6 + 7 + 2 and said["a8"] == said["w3"] == 2
-    for text in ("2 bits", "3 bits", "4 bits", "8 bits", "differs from cell to cell", "no weights", "searched"):
+    for text in ("2 bits", "3 bits", "4 bits", "8 bits", "differs within or between cells", "no weights", "searched"):
         assert said[text] == 1
     assert "32 bits (float)" not in said
 
@@ -226,6 +226,17 @@ def test_bits_per_layer_are_shown_as_ranges() -> None:
     assert normal.edges[1].label == "sep_conv_3x3  w2 a4"
     assert normal.edges[2].label == "skip_connect" and reduction.edges[3].label == "max_pool_3x3"
     assert [chip.text for chip in reduction.inputs[1]] == ["w3", "a3"]
+
+
+def test_the_legend_of_bits_that_differ_within_an_operation(tmp_path: Path) -> None:
+    """One normal cell and two like reductions: nothing differs between cells."""
+    convolutions = {
+        f"cells.{cell}.operations.{k}.op.{n}": (2, 2 * n) for cell in range(3) for k in range(8) for n in (1, 2)
+    }
+    inputs = {f"cells.{cell}.preprocess{n}.op.1": (2, 2) for cell in range(3) for n in (0, 1)}
+    architecture = Architecture(GENOTYPES["DARTS_V1"], BitPolicy(layers=convolutions | inputs))
+    (path,) = pictures.draw_cells(architecture, tmp_path / "cells", formats=["svg"])
+    assert "differs within or between cells" in texts(path)
 
 
 def test_uniform_bits_and_strided_skips() -> None:
