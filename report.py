@@ -7,7 +7,8 @@
     python report.py runs --pareto docs/images/pareto.svg
 
 Runs that differ only by their seed share a row (`--group-by run`: a row each); a grouping that would mix data sets or
-sizes is refused. Exit code 1 when a folder could not be read; the others are printed all the same.
+sizes is refused. Runs of the same configuration and seed count once; the table names the others. Exit code 1 when a
+folder could not be read; the others are printed all the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from common.engine.files import write_bytes
 from common.engine.parsing import Parser, choice
 from common.recipes.pareto import COSTS, draw_pareto, picture
 from common.recipes.records import Record, find_runs, read_run
-from common.recipes.rows import DEFAULT_GROUPS, GROUP_FIELDS, group
+from common.recipes.rows import DEFAULT_GROUPS, GROUP_FIELDS, group, repeat_notes
 from common.recipes.tables import to_csv, to_json, to_latex, to_markdown
 
 _WRITERS = {"md": to_markdown, "csv": to_csv, "json": to_json, "latex": to_latex}
@@ -73,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = group(records, [name for entry in args.group_by for name in entry.split(",") if name])
     except ValueError as error:
         parser.fail([str(error)])
-    for problem in problems:
-        print(f"report.py: {problem}", file=sys.stderr)
+    for message in (*problems, *(repeat_notes(rows) if form in ("csv", "json") else ())):  # no notes in these
+        print(f"report.py: {message}", file=sys.stderr)
     if rows and args.pareto:
         try:
             image, left_out = draw_pareto(rows, args.pareto_x, args.pareto.suffix.lower().lstrip("."))

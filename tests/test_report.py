@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -566,6 +567,112 @@ def test_csv_goes_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
                 assert float(row[key]) == value
             else:
                 assert row[key] == ("" if value is None else str(value))
+
+
+def test_the_same_configuration_and_seed_count_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = uniform(tmp_path / "a", 343)
+    for name in ("again", "copy"):  # the second has the first one's digest, and a flag that its own version lacked
+        shutil.copytree(first, tmp_path / name)
+    for name, flags in (("a", {}), ("copy", {"of_another_version": 1})):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config |= {"digest": "d0", "config": config["config"] | flags}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    other = uniform(tmp_path / "other", 345)
+    (row,) = objects(capsys, tmp_path)
+    repeats = [str(tmp_path / name) for name in ("again", "copy", "other")]
+    assert (row["n"], row["interval"], row["test_correct"]) == (1, "wilson", [343])
+    assert (row["runs"], row["not_counted"]) == ([str(first)], repeats)
+    _, out, err = run(capsys, tmp_path)
+    for name in repeats[:2]:
+        assert f"{name}: the same configuration and seed as {first}, not counted.\n" in out
+    assert f"{other}: the same configuration and seed as {first}, not counted, though 345 correct, not 343." in out
+    assert not err and "not counted" in run(capsys, tmp_path, "--format", "csv")[2]
+    # another seed counts, and so does each run for who asks for a row each
+    uniform(tmp_path / "z", 350, seed=1)
+    assert [row["n"] for row in objects(capsys, tmp_path)] == [2]
+    assert len(objects(capsys, tmp_path, "--group-by", "run")) == 5
+
+
+def test_other_cells_images_or_sources_make_no_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def trained(name: str, flags: dict[str, Any], nodes: int = 4) -> Path:
+        cells = architecture_json("PC_DARTS_cifar", bits=TWO_BITS)
+        cells["genotype"]["normal_concat"] = list(range(2, 2 + nodes))
+        return write_run(tmp_path / name, train_result(340), config=flags, architecture=cells)
+
+    def counted(*folders: Path) -> int:
+        return sum(row["n"] for row in objects(capsys, *folders))
+
+    plain = trained("plain", {"arch": "a.json"})
+    assert counted(plain, trained("cells", {"arch": "a.json"}, nodes=3)) == 2
+    assert counted(plain, trained("moved", {"arch": "elsewhere/a.json"})) == 1
+    teachers = [trained(f"t{seed}", {"teacher": f"runs/t{seed}", "teacher_digest": f"{seed}"}) for seed in range(2)]
+    assert counted(*teachers) == 2
+    assert counted(teachers[0], trained("t0-moved", {"teacher": "old/t0", "teacher_digest": "0"})) == 1
+    images = [trained(f"i{name}", {"dataset": "folder", "data": name}) for name in "ab"]
+    assert counted(*images) == 2
+
+
+def test_a_repeat_of_what_a_run_started_from_makes_a_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":  # the same training twice, their files not alike bit by bit, and both quantised
+        source = write_run(tmp_path / f"fp-{name}", train_result(350, bits_mean=None, method="one"))
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"digest": "of the training"}))
+        flags = {"run": str(source), "source_digest": f"state {name}"}
+        quantised = train_result(340, method="two", stage="quantize", seconds=4.0, source_seconds=60.0)
+        write_run(tmp_path / f"q-{name}", quantised, config=flags, architecture=architecture_json(bits=TWO_BITS))
+    assert [(row["method"], row["n"]) for row in objects(capsys, tmp_path)] == [("one", 1), ("two", 1)]
+
+
+def test_the_time_of_what_was_quantised_is_explained_where_there_is_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uniform(tmp_path / "a", 343)
+    words = "Of what was quantised after its training: that training and the quantising."
+    assert words not in run(capsys, tmp_path)[1]
+    quantised = train_result(340, method="two", stage="quantize", seconds=4.0, source_seconds=60.0)
+    write_run(tmp_path / "q", quantised, architecture=architecture_json(bits=TWO_BITS))
+    _, out, _ = run(capsys, tmp_path)
+    assert [row["time s"] for row in cells(out)] == ["62", "64"]
+    assert words in out
+
+
+def test_rows_that_read_the_same_name_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seed in (("x/s0/train", 0), ("x/s1/train", 1), ("x/s1/more", 2)):
+        uniform(tmp_path / name, 340 + seed, seed)
+    write_run(tmp_path / "x" / "fp", train_result(350, bits_mean=None))
+    _, out, _ = run(capsys, tmp_path, "--group-by", "run")
+    assert sorted(row["architecture"] for row in cells(out)) == [
+        "PC_DARTS_cifar",  # full precision: the only one
+        *("PC_DARTS_cifar s0/train", "PC_DARTS_cifar s1/more", "PC_DARTS_cifar s1/train"),
+    ]
+    assert {row["architecture"] for row in cells(run(capsys, tmp_path)[1])} == {"PC_DARTS_cifar"}
+    # settings that follow from others differ and say nothing
+    for name, seed, value in (("y/a", 0, 1), ("y/b", 0, 2), ("y/c", 1, 2)):
+        folder = uniform(tmp_path / name, 345 + seed, seed)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"config": config["config"] | {"follows": value}, "sources": {"follows": "derived"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    shown = [row["architecture"] for row in cells(run(capsys, tmp_path / "y")[1])]
+    assert shown == ["PC_DARTS_cifar a", "PC_DARTS_cifar b +1"]
+    for name in ("z/s0/search", "z/s1/search", "z/other"):
+        write_run(tmp_path / name, search_result())
+    assert [row["run"] for row in cells(run(capsys, tmp_path / "z")[1])] == ["other", "s0/search", "s1/search"]
+
+
+def test_csv_has_the_same_columns_whatever_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uniform(tmp_path / "train", 343)
+    write_run(tmp_path / "search", search_result())
+    write_run(tmp_path / "wide", train_result(345), config={"match_bitops": 18.0, "match_reference": "r"})
+    write_run(tmp_path / "new", None, config={"method": "qdarts", "stage": "train", "dataset": "digits"})
+    names = ["train", "search", "wide", "new"]
+    sets = [[name] for name in names] + [names, names[::-1]]
+    heads = set()
+    for chosen in sets:
+        heads.add(run(capsys, *(tmp_path / name for name in chosen), "--format", "csv")[1].splitlines()[0])
+    (head,) = heads
+    columns = head.split(",")
+    assert len(set(columns)) == len(columns) and columns[:3] == ["stage", "dataset", "method"]
+    assert {"n_train", "steps_per_epoch", "match_bitops", "runs"} <= set(columns)
 
 
 def test_pareto_writes_beside_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.recipes.rows import SIZES, Row, data_of, differences, length_of, size_differences, usual_size
+from common.recipes.rows import SIZES, Row, data_of, differences, folders_apart, length_of, size_differences, usual_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,6 +101,7 @@ def draw_pareto(rows: Sequence[Row], cost: str, form: str) -> tuple[bytes, list[
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         _frame(axes, points, cost, [row for row in rows if row.trained])
+        figure.draw_without_rendering()  # the axes have their place only then
         lines = _paint(axes, points)
         figure.draw_without_rendering()  # sizes of texts are known only then
         _place_names(axes, points, lines)
@@ -149,7 +150,7 @@ def _names(rows: Sequence[Row]) -> list[str]:
         twins = [other for other, same in zip(rows, heads, strict=True) if same == head]
         several = len({twin.first.architecture for twin in twins}) > 1
         names.append(" ".join([head, *([row.first.architecture] if several else []), *_words(differs)]))
-    return names
+    return [f"{name} {folder}".strip() for name, folder in zip(names, folders_apart(rows, names), strict=True)]
 
 
 def _words(differs: str) -> list[str]:
@@ -164,19 +165,21 @@ def _words(differs: str) -> list[str]:
 def _window(points: Sequence[Point]) -> tuple[float, float]:
     """The accuracies that the picture shows, so that the differences at the top can be seen.
 
-    A few rows (at most a third) that lie below the others by more than twice what these are apart go to the lower edge,
-    and an interval may leave the picture where it would squeeze the means together.
+    All of them with their intervals, but for a few rows (at most a third) that lie below the others by more than twice
+    what these are apart: they go to the lower edge, unless the others' intervals reach down to them.
     """
     means = sorted(point.accuracy for point in points)
     for below in range(1, len(means) // 3 + 1):
         if means[below] - means[below - 1] > 2 * max(means[-1] - means[below], 2.0):
             means = means[below:]
             break
-    span = max(means[-1] - means[0], 1.0)
-    shown = [point for point in points if point.accuracy >= means[0]]
-    low = max(min(point.low for point in shown), means[0] - 0.6 * span)
-    high = min(max(point.high for point in shown), means[-1] + 0.6 * span, 100.0)
-    return low - 0.12 * span, high + 0.08 * span
+    floor, shown = means[0], list[Point]()
+    while len(inside := [point for point in points if point.accuracy >= floor]) > len(shown):
+        shown = inside
+        low, high = max(min(point.low for point in shown), 0.0), min(max(point.high for point in shown), 100.0)
+        margin = 0.07 * max(high - low, 1.0)
+        floor = low - margin
+    return floor, high + margin
 
 
 def _frame(axes: Axes, points: Sequence[Point], cost: str, rows: Sequence[Row]) -> None:
@@ -229,6 +232,8 @@ def _scaled(value: float) -> str:
 
 def _paint(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
     """The front and the line of full precision of each length of training, intervals, marks; returns the lines."""
+    from matplotlib.patheffects import withStroke
+
     front, lines = set[int](), list["Line2D"]()
     for members in fronts(points):
         costs, heights = [points[i].cost for i in members], [points[i].accuracy for i in members]
@@ -241,24 +246,38 @@ def _paint(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
     style = {"color": _REFERENCE, "linewidth": 0.9, "linestyle": (0, (1, 3)), "zorder": 1}
     lines += [axes.axhline(height, **style) for height in highest.values()]
     floor = axes.get_ylim()[0]
+    stacked = _stacked(axes.transData.transform([(point.cost, max(point.accuracy, floor)) for point in points]))
     for index, point in enumerate(points):
         colour = _REFERENCE if point.reference else _COLOURS[point.method % len(_COLOURS)]
         fill = colour if index in front else "white"
         if point.accuracy >= floor:
-            ends = [[point.accuracy - point.low], [min(point.high, 100.0) - point.accuracy]]
+            ends = [[point.accuracy - max(point.low, 0.0)], [min(point.high, 100.0) - point.accuracy]]
             axes.errorbar(point.cost, point.accuracy, ends, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
         axes.plot(
             point.cost,
             max(point.accuracy, floor),
             marker="D" if point.reference else _MARKS[point.method % len(_MARKS)],
             color=colour,
-            markersize=6.5,
+            markersize=6.5 * stacked[index][0],
             markerfacecolor=fill,
             markeredgewidth=1.4,
+            path_effects=[withStroke(linewidth=3.4, foreground="white")] if stacked[index][1] else None,
             clip_on=False,
             zorder=3,
         )
     return lines
+
+
+def _stacked(places: ndarray) -> list[tuple[float, bool]]:
+    """For marks at these pixels (n, 2), drawn in this order: how much larger each is than usual, and if it covers one.
+
+    A mark that others will cover is larger, so that it can be seen around them.
+    """
+    found = []
+    for index, place in enumerate(places):
+        near = [other for other in range(len(places)) if other != index and math.dist(place, places[other]) < 5]
+        found.append((min(1.7 ** sum(other > index for other in near), 2.2), any(other < index for other in near)))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ names
@@ -273,7 +292,8 @@ def _place_names(axes: Axes, points: Sequence[Point], lines: Sequence[Line2D]) -
     frame = axes.get_window_extent(renderer)
     to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
     places = to_pixels([(point.cost, max(point.accuracy, floor)) for point in points])
-    hard = np.concatenate([places - 6, places + 6], axis=1)
+    halves = np.array([[6 * larger] for larger, _ in _stacked(places)])
+    hard = np.concatenate([places - halves, places + halves], axis=1)
     low, high = (to_pixels([(p.cost, max(getattr(p, end), floor)) for p in points]) for end in ("low", "high"))
     soft = np.concatenate([low - 3, high + 3], axis=1)
     for line in lines:  # each by its own transform: the dotted one's ends are shares of the width, not costs

@@ -61,6 +61,12 @@ class Record:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each setting came from: flag, preset NAME, default, derived (from other flags)."""
     device: str = ""
+    digest: str = ""
+    """Of the run's configuration, as its config.json says it; empty: not known."""
+    cells: str = ""
+    """Its cells and bits as a text; with the place of the images, where they are a folder."""
+    started_from: tuple[str, ...] = ()
+    """What the flags in CONTENTS led to: digest of that run's configuration, else of the content, else the place."""
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
@@ -121,6 +127,9 @@ def read_run(folder: Path) -> Record:
         "settings": _settings(config),
         "sources": _sources(config),
         "device": _device(result.get("device")),
+        "digest": str(config.get("digest") or ""),
+        "cells": _cells(folder, _flags(config)),
+        "started_from": _started_from(folder, _flags(config)),
     }
     return _search(fields, common) if stage == "search" else _train(fields, common)
 
@@ -132,7 +141,7 @@ def _train(fields: _Fields, common: dict[str, Any]) -> Record:
     numbers = {name: fields.number(f"cost.{name}", required=False) for name in _COST}
     before = fields.number("source_seconds", required=False)  # the training of what was quantised afterwards
     numbers |= {"train_seconds": fields.number("seconds") + (before or 0)}
-    numbers |= {"epochs": fields.number("epochs", required=False)}
+    numbers |= {"epochs": fields.number("epochs", required=False), "source_seconds": before}
     numbers |= {name: fields.number(name, required=False) for name in ("search_seconds", *_BEFORE)}
     numbers |= {"test_loss": fields.number("metrics.test_loss", required=False)}
     numbers |= {"test_top5": fields.number("metrics.test_top5", required=False)}
@@ -273,6 +282,23 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         kept.pop("match_reference", None)
     return kept | {key: True for key in _OTHER_RUNS if kept.get(key)}
+
+
+def _cells(folder: Path, flags: Mapping[str, Any]) -> str:
+    """See `Record.cells`. Where the images lie is no part of a configuration's digest."""
+    data = _read_object(folder / "architecture.json") if (folder / "architecture.json").is_file() else {}
+    images = flags.get("data") if flags.get("dataset") == "folder" else None
+    return json.dumps([data.get("genotype"), data.get("bits"), images], sort_keys=True, default=str)
+
+
+def _started_from(folder: Path, flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """See `Record.started_from`; the cells count by themselves, wherever they came from."""
+    found = []
+    for key, flag in CONTENTS.items():
+        if flag != "arch" and flags.get(flag):
+            runs = (_config_of(place).get("digest") for place in _places(folder, [flags[flag]]))
+            found.append(f"{flag}: {next(filter(None, runs), None) or flags.get(key) or flags[flag]}")
+    return tuple(found)
 
 
 def _sources(config: Mapping[str, Any]) -> dict[str, str]:

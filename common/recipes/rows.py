@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of runs as rows: runs that differ by their seed share one, with the statistics of their accuracy.
 
-A row never mixes data sets or sizes (image, network, numbers of epochs and images).
+A run of the same configuration and seed as another one is no second measurement: only the first counts. A row
+never mixes data sets or sizes (image, network, numbers of epochs and images).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _NUMBERS = (
 )
 SIZES = ("epochs", "steps_per_epoch", "layers", "init_channels", "stem")
 """What may differ from row to row of a table, and is then told."""
+_SIZE_COLUMNS = ("layers", "stem", "image_size", "n_train", "steps_per_epoch", "match_bitops")
+"""Sizes that are neither in _NUMBERS nor named by themselves among the columns of `as_objects`."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Row:
     """Runs that differ by their seed only (or by what the caller asked to put together)."""
 
     records: tuple[Record, ...]
+    repeats: tuple[tuple[Record, Record], ...] = ()
+    """(run, the one of `records` whose configuration and seed it has) of each finished training that does not count."""
 
     @property
     def first(self) -> Record:
@@ -129,12 +134,18 @@ def _root(variance: float | None) -> float | None:
 def group(records: Iterable[Record], by: Sequence[str] = DEFAULT_GROUPS) -> list[Row]:
     """Rows in order of their first run. Searches and unfinished runs have a row each.
 
+    Of trainings with the same configuration and seed only the first counts, unless each run is to have its own row.
     Raises ValueError for a field that is not one of GROUP_FIELDS, and where a row would mix data sets or sizes.
     """
     unknown = [name for name in by if name not in GROUP_FIELDS]
     if unknown:
         raise ValueError(f"--group-by: {unknown[0]!r} is not one of {', '.join(GROUP_FIELDS)}")
     records, rows = list(records), dict[tuple[Any, ...], list[Record]]()
+    originals = {} if "run" in by else _originals(records)
+    records = [record for record in records if record.folder not in originals]
+    repeats: dict[Path, list[tuple[Record, Record]]] = {}
+    for repeat, original in originals.values():
+        repeats.setdefault(original.folder, []).append((repeat, original))
     settings = _telling_settings(records)
     for record in records:
         alone = record.stage == "search" or not record.finished
@@ -149,7 +160,32 @@ def group(records: Iterable[Record], by: Sequence[str] = DEFAULT_GROUPS) -> list
                 f"in one row; add {field} to --group-by, or name runs of one {field} only"
             )
         members.append(record)
-    return [Row(tuple(found)) for found in rows.values()]
+    return [
+        Row(tuple(found), tuple(pair for record in found for pair in repeats.get(record.folder, ())))
+        for found in rows.values()
+    ]
+
+
+def _originals(records: Sequence[Record]) -> dict[Path, tuple[Record, Record]]:
+    """Folder -> (run, the first run that it repeats), of every finished training that repeats one.
+
+    A repeat has the same configuration by its digest; or the same seed, settings, cells and runs that it started from,
+    where the digests differ because paths do.
+    """
+    settings, seen, found = _telling_settings(records), dict[tuple[Any, ...], Record](), {}
+    for record in records:
+        if record.stage == "search" or not record.finished:
+            continue
+        what = (record.method, record.dataset, record.seed, record.size, record.search, record.cells)
+        own = (record.architecture, record.bits, record.numbers.get("init_channels"), record.started_from)
+        keys: list[tuple[Any, ...]] = [(*what, *own, settings[record.folder])]
+        keys += [(*what, record.digest)] if record.digest else []
+        original = next((seen[key] for key in keys if key in seen), record)
+        for key in keys:
+            seen.setdefault(key, original)
+        if original is not record:
+            found[record.folder] = (record, original)
+    return found
 
 
 def _unlike(first: Record, second: Record) -> tuple[str, str, str] | None:
@@ -215,6 +251,22 @@ def differences(rows: Sequence[Row]) -> list[str]:
     return texts
 
 
+def folders_apart(rows: Sequence[Row], texts: Sequence[Any]) -> list[str]:
+    """For each row whose text another row has too: the folder of its first run, and how many more it has; else empty.
+
+    Of the folders only as many last parts stand as it takes to tell these rows apart.
+    """
+    told = []
+    for row, text in zip(rows, texts, strict=True):
+        paths = [other.first.folder.parts for other, same in zip(rows, texts, strict=True) if same == text]
+        parts = 1
+        while parts < max(map(len, paths)) and len({path[-parts:] for path in paths}) < len(paths):
+            parts += 1
+        name = str(Path(*row.first.folder.parts[-parts:])) if len(paths) > 1 else ""
+        told.append(f"{name} +{len(row.records) - 1}" if name and len(row.records) > 1 else name)
+    return told
+
+
 def size_differences(rows: Sequence[Row]) -> list[str]:
     """Each finished row's epochs, layers, channels and so on, where they are not those of most rows of its table."""
     texts = []
@@ -255,6 +307,16 @@ def _flags(row: Row) -> dict[str, Any]:
     return flags
 
 
+def repeat_notes(rows: Iterable[Row]) -> list[str]:
+    """One line for each run that does not count."""
+    return [
+        f"{repeat.folder}: the same configuration and seed as {original.folder}, not counted"
+        + ("." if repeat.correct == original.correct else f", though {repeat.correct} correct, not {original.correct}.")
+        for row in rows
+        for repeat, original in row.repeats
+    ]
+
+
 def ranks(rows: Sequence[Row]) -> list[str]:
     """Each row's rank among the rows of the same data that were trained as long; `-` where there is no accuracy.
 
@@ -281,7 +343,10 @@ def data_of(row: Row) -> tuple[Any, ...]:
 
 
 def as_objects(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One flat object a row: fractions, bytes, seconds and plain counts, named as in result.json."""
+    """One flat object a row: fractions, bytes, seconds and plain counts, named as in result.json.
+
+    All have the same keys in the same order, whatever the rows.
+    """
     objects = []
     for row, differs, rank in zip(rows, differences(rows), ranks(rows), strict=True):
         record, interval = row.first, row.interval
@@ -313,8 +378,9 @@ def as_objects(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "n_test": record.n_test,
         }
         entry |= {name: _plain(row.mean(name)) for name in _NUMBERS}
-        entry |= {key: value for key, value in record.size if key not in entry}
+        entry |= {key: dict(record.size).get(key) for key in _SIZE_COLUMNS}
         entry |= {"device": row.common(lambda r: r.device), "runs": [str(r.folder) for r in row.records]}
+        entry["not_counted"] = [str(repeat.folder) for repeat, _ in row.repeats]
         objects.append(entry)
     return objects
 

@@ -19,8 +19,10 @@ from common.recipes.rows import (
     as_objects,
     data_of,
     differences,
+    folders_apart,
     length_of,
     ranks,
+    repeat_notes,
     size_differences,
     usual_size,
 )
@@ -57,11 +59,13 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV with every column of the JSON; lists are joined by spaces, unknown values empty."""
+    """The rows as CSV with every column of the JSON, always in one order.
+
+    Lists are joined by spaces, unknown values empty.
+    """
     objects = as_objects(rows)
-    columns = list(dict.fromkeys(key for entry in objects for key in entry))
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(objects[0]) if objects else [], lineterminator="\n")
     writer.writeheader()
     for entry in objects:
         writer.writerow({key: _cell(value) for key, value in entry.items()})
@@ -138,16 +142,21 @@ def _train_table(rows: Sequence[Row]) -> Table:
     finished = [row for row in rows if row.first.finished]
     ops, unit = _unit([row.mean(name) for row in finished for name in BITOPS])
     memory, bytes_unit = _unit([row.mean("weight_bytes") for row in finished])
+    methods = [row.common(lambda r: r.method) for row in rows]
+    names = [
+        f"{row.common(lambda r: r.architecture) or '?'} {differs}".strip()
+        for row, differs in zip(rows, differences(rows), strict=True)
+    ]
+    folders = folders_apart(rows, list(zip(methods, names, map(_bits, rows), strict=True)))
     cells = []
-    for row, differs, rank in zip(rows, differences(rows), ranks(rows), strict=True):
-        name = row.common(lambda r: r.architecture) or "?"
+    for row, method, name, folder, rank in zip(rows, methods, names, folders, ranks(rows), strict=True):
         weight, fp32 = row.mean("weight_bytes"), row.mean("weight_bytes_fp32")
         share = f" ({100 * weight / fp32:.0f}%)" if weight and fp32 else ""
         seeds = {str(record.seed) for record in row.records}
         cells.append(
             {
-                "method": row.common(lambda r: r.method),
-                "architecture": f"{name} {differs}".strip(),
+                "method": method,
+                "architecture": f"{name} {folder}".strip(),
                 "w/a": _bits(row),
                 "accuracy %": _accuracy(row),
                 "std s/t": "/".join("-" if value is None else f"{100 * value:.2f}" for value in row.deviations),
@@ -175,7 +184,9 @@ def _train_table(rows: Sequence[Row]) -> Table:
     dropped["n"] = not dropped["seed"]
     columns = {name: column for name, column in columns.items() if not dropped.get(name)}
     return Table(
-        *_heading(rows, finished, "test images"), columns, _unfinished_notes(rows) + _train_notes(columns, finished)
+        *_heading(rows, finished, "test images"),
+        columns,
+        _unfinished_notes(rows) + repeat_notes(rows) + _train_notes(columns, finished),
     )
 
 
@@ -195,11 +206,13 @@ def _train_notes(columns: Iterable[str], rows: Sequence[Row]) -> list[str]:
         notes.append("rank: rows whose intervals overlap, or that a chain of overlaps connects, share one, marked =.")
         if len({length_of(row) for row in rows}) > 1:
             notes.append("Rows trained for unequal numbers of epochs or steps are ranked apart, each kind from 1 on.")
+    quantised = any(record.numbers.get("source_seconds") is not None for row in rows for record in row.records)
     silent = sum(record.numbers.get("before_seconds") is None for row in rows for record in row.records)
     return [
         *notes,
         "BitOps: all layers/quantised layers only/the paper's accounting. memory: of the weights (share of fp32).",
         "time: search + training, with all that they started from (cells, weights, teacher)."
+        + (" Of what was quantised after its training: that training and the quantising." if quantised else "")
         + (f" Runs that do not say what that took count without it: {silent}." if silent else ""),
     ]
 
@@ -208,12 +221,13 @@ def _search_table(rows: Sequence[Row]) -> Table:
     names = ("exact_bitops", "exact_bitops_quantized", "target_bitops", "expected_bitops")
     ops, unit = _unit([row.mean(name) for row in rows for name in names])
     cells = []
-    for row, size in zip(rows, size_differences(rows), strict=True):
+    folders = folders_apart(rows, [row.first.folder.name for row in rows])
+    for row, size, folder in zip(rows, size_differences(rows), folders, strict=True):
         reached, share = row.mean("target_reached"), row.mean("parameter_free_share")
         cells.append(
             {
                 "search": row.first.method,
-                "run": row.first.folder.name or str(row.first.folder),
+                "run": folder or row.first.folder.name or str(row.first.folder),
                 "seed": "-" if row.first.seed is None else str(row.first.seed),
                 "validation %": _accuracy(row),
                 f"BitOps {unit}": _number(row.mean("exact_bitops"), ops),

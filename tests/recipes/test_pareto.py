@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,8 +12,9 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
-from common.recipes.pareto import COSTS, _points, draw_pareto, fronts, pareto_front
+from common.recipes.pareto import COSTS, Point, _paint, _points, _window, draw_pareto, fronts, pareto_front
 from common.recipes.records import Record
 from common.recipes.rows import Row
 
@@ -102,6 +104,40 @@ def test_one_row_and_equal_rows_can_be_drawn() -> None:
     same = [row(name, 1e6, 0.98) for name in ("one", "two", "three")]
     found = names(draw_pareto(same, "bitops", "svg")[0])
     assert min(math.dist(found[f"{a} 2/2"], found[f"{b} 2/2"]) for a, b in combinations(("one", "two", "three"), 2)) > 8
+
+
+def point(accuracy: float, low: float, high: float) -> Point:
+    return Point(1e6, accuracy, low, high, "", 0, False)
+
+
+def test_the_picture_holds_all_intervals() -> None:
+    points = [point(10.0, 7.3, 13.5), point(10.3, 8.0, 13.0), point(9.8, 9.0, 11.0)]
+    low, high = _window(points)
+    assert low < 7.3 and 13.5 < high < 16
+    assert _window([point(99.0, -20.0, 120.0)])[0] < 0 and _window([point(99.0, -20.0, 120.0)])[1] < 110
+    # one far below goes to the edge, unless an interval of the others reaches down to it: then its own is held too
+    near = [point(90.0, 89.0, 91.0), point(91.0, 90.0, 92.0), point(92.0, 91.0, 93.0)]
+    assert 85 < _window([*near, point(60.0, 55.0, 65.0)])[0] < 89
+    assert _window([*near[:2], point(92.0, 58.0, 96.0), point(60.0, 55.0, 65.0)])[0] < 55
+
+
+def test_the_later_of_two_marks_on_one_spot_leaves_the_other_in_sight() -> None:
+    def marks(*costs: float) -> list[tuple[float, bool]]:
+        """Size and whether it has an edge in white, of each mark in the order of drawing."""
+        figure = Figure()
+        axes = figure.add_subplot(xscale="log", xlim=(1e5, 1e8), ylim=(0, 100))
+        points = [replace(point(50.0, 45.0, 55.0), cost=cost, method=place) for place, cost in enumerate(costs)]
+        _paint(axes, points)
+        drawn = [line for line in axes.lines if line.get_marker() in "os^" and len(line.get_xdata()) == 1]
+        return [(line.get_markersize(), bool(line.get_path_effects())) for line in drawn]
+
+    assert marks(1e6, 1e7) == [(6.5, False)] * 2
+    (first, bare), (second, edged), (third, again) = marks(1e6, 1e6, 1e6)
+    assert first > second > third and (bare, edged, again) == (False, True, True)
+    # the marks of two rows that read the same have names that tell them apart
+    rows = [row("one", 1e6, 0.5, folder=Path(f"runs/{name}/train")) for name in "ab"]
+    found = names(draw_pareto(rows, "bitops", "svg")[0])
+    assert math.dist(found["one 2/2 a/train +2"], found["one 2/2 b/train +2"]) > 8
 
 
 def test_words_that_tell_rows_apart_are_short() -> None:
