@@ -100,7 +100,8 @@ def filled(words: list[str], runs: dict[str, Path]) -> list[str]:
             word = str(runs["trained" if needs_training or "-train/" in word else "bits" if bits else "joint"])
         elif word == "gamma_checkpoint.t7" or word in files_written_in_documents():
             word = str(runs["place"] / word)
-        result.append(word)
+        if word != "...":  # "and so on"
+            result.append(word)
     assert "RUN" not in result, text
     return result
 
