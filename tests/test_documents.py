@@ -185,9 +185,11 @@ def test_documented_python_runs(root: Path, tmp_path: Path, file: Path, block: s
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_documented_commands_run(root: Path, runs: dict[str, Path]) -> None:
-    """Each block in its order and in one folder, so that what one command leaves is there for the next."""
+    """Each document's blocks in order and in one folder, so that what one command leaves is there for the next."""
     done = set()
-    for _, block in blocks("bash"):
+    for file, block in blocks("bash"):
+        place = runs["place"] / file.relative_to(root).with_suffix("")
+        place.mkdir(parents=True, exist_ok=True)
         for words in commands(block):
             kind = re.fullmatch(r"\w+/(search|train|quantize)\.py|(evaluate|report|visualize|doctor)\.py|-m", words[1])
             if words[0] != "python" or kind is None or "gamma_checkpoint.t7" in words:
@@ -203,5 +205,5 @@ def test_documented_commands_run(root: Path, runs: dict[str, Path]) -> None:
             done.add(key)
             if arguments[0] != "-m":
                 arguments[0] = str(root / arguments[0])
-            python(root, *arguments, cwd=root if arguments[0] == "-m" else runs["place"])
+            python(root, *arguments, cwd=root if arguments[0] == "-m" else place)
     assert len(done) > 40
