@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.nets import Network
+from common.nets import Architecture, Network, build_network
 from common.quant import FLOAT_BITS, MixedQuantConv2d, QuantConv2d, QuantLinear
 
 
@@ -179,6 +179,13 @@ def network_cost(network: Network, input_size: int | Sequence[int]) -> Cost:
         activation_bytes=sum(row.activation_bytes for row, _ in rows),
         layers=tuple(row for row, _ in rows),
     )
+
+
+def architecture_cost(architecture: Architecture, image_size: int, **build: Any) -> Cost:
+    """`network_cost` of the network that `build_network` would make; nothing is computed, no random number drawn."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = build_network(architecture, **build)
+    return network_cost(network, image_size)
 
 
 def layer_cost(shape: LayerShape) -> LayerCost:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.cost import Cost, network_cost
+from common.cost import Cost, architecture_cost
 from common.data import ImageData
 from common.engine import entropy
 from common.engine.cli import Config
-from common.nets import Architecture, build_network
+from common.nets import Architecture
 from common.nets.architecture import needs_bits
 from common.nets.darts_space import edge_softmax
 from common.recipes.presets import presets_for
@@ -32,19 +32,18 @@ _PLACES = ("data", "data_module", "image_size", "search_space", "device", "preci
 def evaluation_cost(config: Config, data: ImageData, architecture: Architecture) -> Cost:
     """Exact cost of the network that the architecture would be trained as. Nothing is computed, no random drawn."""
     info = data.info
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        network = build_network(
-            architecture,
-            stem=stem_of(config, info.image_size),
-            in_channels=info.channels,
-            num_classes=info.num_classes,
-            init_channels=config.eval_init_channels,
-            layers=config.eval_layers,
-            scheme=config.scheme,
-            stem_bits=config.stem_bits,
-            classifier_bits=config.classifier_bits,
-        )
-    return network_cost(network, info.image_size)
+    return architecture_cost(
+        architecture,
+        info.image_size,
+        stem=stem_of(config, info.image_size),
+        in_channels=info.channels,
+        num_classes=info.num_classes,
+        init_channels=config.eval_init_channels,
+        layers=config.eval_layers,
+        scheme=config.scheme,
+        stem_bits=config.stem_bits,
+        classifier_bits=config.classifier_bits,
+    )
 
 
 def parameter_free_share(architecture: Architecture) -> float:

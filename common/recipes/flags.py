@@ -87,20 +87,8 @@ def resolve_training(
 
     `derive` and `validate` are the method's own rules; see `cli.resolve`.
     """
-    return cli.resolve(
-        parser,
-        argv,
-        presets=presets_for("train", presets),
-        derive=[derive_search_space, *derive, cli.derive_train, derive_contents],
-        validate=[
-            *validate,
-            cli.check_train,
-            check_data,
-            check_search_space,
-            check_architecture,
-            partial(check_launch, prog=parser.prog, argv=argv),
-        ],
-    )
+    rules = [*validate, cli.check_train, check_data, check_search_space, check_architecture]
+    return _resolve(parser, argv, presets_for("train", presets), [*derive, cli.derive_train], rules)
 
 
 def resolve_search(
@@ -112,20 +100,8 @@ def resolve_search(
     validate: Sequence[Check] = (),
 ) -> Config:
     """Flags of a search, checked; every error is reported at once (exit code 2). More as in `resolve_training`."""
-    return cli.resolve(
-        parser,
-        argv,
-        presets=presets_for("search", presets),
-        derive=[derive_search_space, *derive, cli.derive_search, derive_contents],
-        validate=[
-            *validate,
-            cli.check_search,
-            check_data,
-            check_search_space,
-            check_own_bits,
-            partial(check_launch, prog=parser.prog, argv=argv),
-        ],
-    )
+    rules = [*validate, cli.check_search, check_data, check_search_space, check_own_bits]
+    return _resolve(parser, argv, presets_for("search", presets), [*derive, cli.derive_search], rules)
 
 
 def resolve_bit_search(
@@ -140,21 +116,25 @@ def resolve_bit_search(
 
     `presets` are those of `cli.resolve`.
     """
+    bits = [cli.check_run, cli.check_bits, cli.check_target]
+    rules = [*validate, *bits, check_data, check_search_space, check_architecture]
+    return _resolve(parser, argv, presets, derive, rules)
+
+
+def _resolve(
+    parser: Parser,
+    argv: Sequence[str],
+    presets: Mapping[str, Mapping[str, Any]],
+    derive: Sequence[Derive],
+    validate: Sequence[Check],
+) -> Config:
+    """What every kind of run shares: own operations first, digests of what the flags name last, torchrun's line."""
     return cli.resolve(
         parser,
         argv,
         presets=presets,
         derive=[derive_search_space, *derive, derive_contents],
-        validate=[
-            *validate,
-            cli.check_run,
-            cli.check_bits,
-            cli.check_target,
-            check_data,
-            check_search_space,
-            check_architecture,
-            partial(check_launch, prog=parser.prog, argv=argv),
-        ],
+        validate=[*validate, partial(check_launch, prog=parser.prog, argv=argv)],
     )
 
 

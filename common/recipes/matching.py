@@ -10,11 +10,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
-
-from common.cost import network_cost
+from common.cost import architecture_cost
 from common.engine.cli import Config
-from common.nets import Architecture, build_network, load_architecture
+from common.nets import Architecture, load_architecture
 
 
 def match_channels(
@@ -30,12 +28,12 @@ def match_channels(
         reference = load_architecture(config.match_reference).with_uniform_bits(32, 32)
     except (ValueError, OSError) as error:
         raise ValueError(f"--match-reference: {error}") from error
-    whole = _quantized_bitops(reference, build, image_size)
+    whole = architecture_cost(reference, image_size, **build).bitops_quantized
     budget = whole / config.match_bitops
 
     @cache
     def cost_at(channels: int) -> int:
-        return _quantized_bitops(architecture, {**build, "init_channels": channels}, image_size)
+        return architecture_cost(architecture, image_size, **{**build, "init_channels": channels}).bitops_quantized
 
     channels = largest(cost_at, budget, start=build["init_channels"])
     if channels is None:
@@ -73,10 +71,3 @@ def matching_text(found: dict[str, Any]) -> str:
         f"1/{found['factor']:g} of the {found['reference_bitops'] / 1e9:.4g} G of {found['reference']} in full "
         f"precision at {found['reference_channels']} channels"
     )
-
-
-def _quantized_bitops(architecture: Architecture, build: dict[str, Any], image_size: int) -> int:
-    """Nothing is computed, no random number drawn."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        network = build_network(architecture, **build)
-    return network_cost(network, image_size).bitops_quantized

@@ -378,6 +378,7 @@ def test_found_architecture_builds_and_trains() -> None:
     _, fused, x, _ = pair("pc 2,4,8")
     network = build_network(fused.architecture(), num_classes=10, init_channels=8, layers=5).double()
     network(x)[0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
 @pytest.mark.parametrize(
