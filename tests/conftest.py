@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,20 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _operations_as_before() -> Iterator[None]:
+    """The registry of operations is the process's: what a test registers (`--search-space`) must not meet the next."""
+    from common.nets import OPERATIONS
+    from common.recipes.own_space import load_search_space
+
+    before = dict(OPERATIONS)
+    yield
+    if before != OPERATIONS:
+        OPERATIONS.clear()
+        OPERATIONS.update(before)
+        load_search_space.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,16 +20,6 @@ from visualize import main as visualize
 
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--no-tensorboard"]
 ONLY = 'PRIMITIVES = ("none", "depthwise_3x3")\n'
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    """The registry is the process's; each test leaves it as it was."""
-    before = dict(OPERATIONS)
-    yield
-    OPERATIONS.clear()
-    OPERATIONS.update(before)
-    load_search_space.cache_clear()
 
 
 @pytest.fixture
