@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import pickle
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.data import canonical_name, dataset_names, load, locate, published
+from common.data import canonical_name, cifar_files, dataset_names, load, locate, published
 
 
 def md5(path: Path) -> str:
@@ -40,7 +41,7 @@ def write_cifar(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A synthetic CIFAR-10 whose checksums torchvision is told to expect, and what is in it."""
+    """A synthetic CIFAR-10 whose checksums the reader and torchvision are told to expect, and what is in it."""
     from torchvision.datasets import CIFAR10
 
     folder = tmp_path / "root" / "cifar-10-batches-py"
@@ -49,6 +50,9 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("train_list", "test_list"):
         monkeypatch.setattr(CIFAR10, name, [[file, md5(folder / file)] for file, _ in getattr(CIFAR10, name)])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5(folder / "batches.meta")})
+    about = published._CIFARS["cifar10"]
+    sums = {kind: {file: md5(folder / file) for file in getattr(about, kind)} for kind in ("train", "test", "meta")}
+    monkeypatch.setitem(published._CIFARS, "cifar10", dataclasses.replace(about, **sums))
     return folder, written
 
 
@@ -72,6 +76,34 @@ def test_cifar_from_its_root_and_from_the_folder_itself(cifar: Any, direct: bool
     assert data.info.flip and data.info.pad == 4
     assert data.info.mean == (0.49139968, 0.48215827, 0.44653124)
     assert data.info.std == (0.24703233, 0.24348505, 0.26158768)
+
+
+def test_checksums_and_keys_are_torchvisions() -> None:
+    from torchvision import datasets
+
+    for about in published._CIFARS.values():
+        theirs = getattr(datasets, about.reader)
+        assert [list(item) for item in about.train.items()] == theirs.train_list
+        assert [list(item) for item in about.test.items()] == theirs.test_list
+        assert about.meta == {theirs.meta["filename"]: theirs.meta["md5"]}
+        assert about.labels[:-1] + "_names" == theirs.meta["key"]
+
+
+@pytest.mark.parametrize("protocol", range(1, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_batch_is_read_in_every_form_of_its_format_without_running_it(tmp_path: Path, protocol: int) -> None:
+    random = np.random.default_rng(protocol)
+    data, labels = random.integers(0, 256, (1100, 3072), dtype=np.uint8), random.integers(0, 100, 1100).tolist()
+    names = ["first", "second"]
+    for name, key in (("a", "labels"), ("b", "fine_labels")):
+        content = {"filenames": ["x.png"] * 3, "batch_label": "1 of 5", key: labels, "coarse_labels": [7], "data": data}
+        (tmp_path / name).write_bytes(pickle.dumps(content, protocol))
+        images, found = cifar_files.read_batch(tmp_path / name, key)
+        assert np.array_equal(images.numpy(), data.reshape(-1, 3, 32, 32)) and found.tolist() == labels
+    (tmp_path / "meta").write_bytes(pickle.dumps({"num": 3, "label_names": names, "other": ["third"]}, protocol))
+    assert cifar_files.read_names(tmp_path / "meta", "label_names", 2) == ("first", "second")
+    (tmp_path / "empty").write_bytes(pickle.dumps({"labels": [1, 2], "data": b"short"}, protocol))
+    with pytest.raises(ValueError, match="no batch of CIFAR"):
+        cifar_files.read_batch(tmp_path / "empty", "labels")
 
 
 @pytest.mark.parametrize("suffix", ["tar.gz", "tar.xz"])
