@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of the mixed activation on a GPU: encode to uint8 codes, decode to the mixture, and its gradients.
+
+Only for a process that holds tensors on a GPU: importing this module imports Triton (`kernels.triton_kernels`). The
+twin is `_MixedHwgq` in common/quant/layers.py. Tensors are [N, groups * c], or [N, c] where all groups share one; rows
+are pixels, channels dense. Arithmetic is float32 for bfloat16 and float32 tensors, float64 for float64.
+
+The code of x is the number of thresholds of its bit-widths below it: [x > -1e-9], the rounding points of every width
+and the end of every width's range, at most 31. Each value and each straight-through mask is a step function with steps
+at these points only, hence a function of the code. A code of its own, NAN, keeps a NaN visible in every result.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.quant.quantizers import HWGQ_STEP, LOW_BITS, ZERO, hwgq_bound, straight_through
+
+NAN = 32
+TABLE = 64  # entries of a table by code
+_TILE = 1024  # elements of a program's tile: 8 to a thread at 4 warps
+
+
+def thresholds(bits: tuple[int, ...]) -> list[tuple[float, int, bool]]:
+    """The points where the code of x steps, ascending: (threshold, bit-width, whether it ends that width's range).
+
+    The first is zero, of bit-width 0. The nearest two of any set of bits are 0.0027 apart: their order is certain.
+    """
+    steps = [(HWGQ_STEP[b] * (level + 0.5), b, False) for b in bits for level in range(2**b - 1)]
+    return [(-ZERO, 0, False), *sorted(steps + [(hwgq_bound(b), b, True) for b in bits])]
+
+
+def last_codes(bits: tuple[int, ...]) -> tuple[int, ...]:
+    """For each bit-width the largest code of an x that is not above its range: its mask is 1 <= code <= that."""
+    ends = {b: index for index, (_, b, end) in enumerate(thresholds(bits)) if end}
+    return tuple(ends[b] for b in bits)
+
+
+@cache
+def level_table(bits: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Q_b(x) by the code of x: [bits, TABLE], NaN at NAN. Made once, so that no capture of a CUDA graph meets it."""
+    rows = []
+    for b in bits:
+        counts = [0]
+        for _, width, end in thresholds(bits):
+            counts.append(counts[-1] + (width == b and not end))
+        counts += [0] * (TABLE - len(counts))
+        rows.append(torch.tensor(counts, dtype=dtype) * HWGQ_STEP[b])
+    table = torch.stack(rows)
+    table[:, NAN] = float("nan")
+    return table.to(device)
+
+
+@triton.jit
+def _encode_tile(x, STEPS: tl.constexpr, TOPS: tl.constexpr, ZERO: tl.constexpr, SHIFT: tl.constexpr):
+    """Codes of x (float32 or float64) as int32. Adding and subtracting SHIFT rounds to the nearest even integer."""
+    code = (x > -ZERO).to(tl.int32)
+    for b in tl.static_range(len(STEPS)):
+        inside = tl.minimum(tl.maximum(x, 0.0), TOPS[b])
+        step = tl.full(x.shape, STEPS[b], x.dtype)
+        if x.dtype == tl.float32:
+            level = tl.div_rn(inside, step)  # the plain division of float32 is approximate on a GPU
+        else:
+            level = inside / step
+        level = (level + SHIFT) - SHIFT
+        code += tl.where(x == x, level, 0.0).to(tl.int32) + (x > TOPS[b]).to(tl.int32)
+    return tl.where(x == x, code, 32)
+
+
+@triton.jit
+def _encode_kernel(
+    x,
+    codes,
+    rows,
+    stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    TOPS: tl.constexpr,
+    ZERO: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """codes[n, k] of x[n, k], whose rows are `stride` apart; axis 1 of the grid walks the channels."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    value = tl.load(x + row * stride + column, inside, other=0.0).to(WORK)
+    code = _encode_tile(value, STEPS, TOPS, ZERO, SHIFT)
+    tl.store(codes + row * WIDTH + column, code.to(tl.uint8), inside)
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    codes,
+    p,
+    levels,
+    out,
+    rows,
+    groups,
+    stride,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    TOPS: tl.constexpr,
+    ZERO: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SHARED: tl.constexpr,
+    ENCODE: tl.constexpr,
+    STORE: tl.constexpr,
+    TABLE: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """out[n, g c + k] = sum_b p[g, b] levels[b, code]. ENCODE: codes come from x (and are kept where STORE)."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < C)
+    width = C if SHARED else C * groups
+    for group in range(groups):
+        source = column if SHARED else column + group * C
+        if ENCODE:  # shared: once more for every group, from the first level cache; memory is what costs
+            value = tl.load(x + row * stride + source, inside, other=0.0).to(WORK)
+            code = _encode_tile(value, STEPS, TOPS, ZERO, SHIFT)
+            if STORE:
+                if SHARED:
+                    tl.store(codes + row * width + source, code.to(tl.uint8), inside & (group == 0))
+                else:
+                    tl.store(codes + row * width + source, code.to(tl.uint8), inside)
+        else:
+            code = tl.load(codes + row * width + source, inside, other=0).to(tl.int32)
+        mixed = tl.zeros((ROWS, BLOCK), WORK)
+        for b in tl.static_range(len(STEPS)):
+            weight = tl.load(p + group * len(STEPS) + b).to(WORK)
+            mixed += tl.load(levels + b * TABLE + code) * weight
+        tl.store(out + row * (C * groups) + group * C + column, mixed.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _backward_kernel(
+    codes,
+    gradient,
+    p,
+    levels,
+    x_gradient,
+    partial,
+    rows,
+    groups,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LAST: tl.constexpr,
+    SHARED: tl.constexpr,
+    TABLE: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """x_gradient, and per program partial[program, g, b] = the tile's sum of gradient x levels[b, code].
+
+    The sums of the tiles are added by one more kernel in a fixed order, not by atomics: runs repeat bit for bit.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < C)
+    total = tl.zeros((ROWS, BLOCK), WORK)
+    for group in range(groups):
+        given = tl.load(gradient + row * (C * groups) + group * C + column, inside, other=0.0).to(WORK)
+        if SHARED:
+            code = tl.load(codes + row * C + column, inside, other=0).to(tl.int32)
+        else:
+            code = tl.load(codes + row * (C * groups) + group * C + column, inside, other=0).to(tl.int32)
+        factor = tl.zeros((ROWS, BLOCK), WORK)
+        for b in tl.static_range(len(LAST)):
+            weight = tl.load(p + group * len(LAST) + b).to(WORK)
+            factor += tl.where((code >= 1) & (code <= LAST[b]), weight, 0.0)
+            value = tl.load(levels + b * TABLE + code)
+            products = tl.where(inside, given * value, 0.0)
+            tl.store(partial + (program * groups + group) * len(LAST) + b, tl.sum(tl.sum(products, 1), 0))
+        if SHARED:
+            total += given * factor
+        else:
+            target = x_gradient + row * (C * groups) + group * C + column
+            tl.store(target, (given * factor).to(x_gradient.dtype.element_ty), inside)
+    if SHARED:
+        tl.store(x_gradient + row * C + column, total.to(x_gradient.dtype.element_ty), inside)
+
+
+def _work(dtype: torch.dtype) -> tuple[torch.dtype, dict[str, object]]:
+    """The type of a tensor's arithmetic, and the options that go with it: every rounding is the twin's, none fused."""
+    wide = dtype == torch.float64
+    return (dtype if wide else torch.float32), {"WORK": tl.float64 if wide else tl.float32, "enable_fp_fusion": False}
+
+
+def _steps(bits: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
+    assert bits and all(b in LOW_BITS for b in bits), "only the widths of HWGQ's fixed grid have codes"
+    return {
+        "STEPS": tuple(HWGQ_STEP[b] for b in bits),
+        "TOPS": tuple(hwgq_bound(b) for b in bits),
+        "ZERO": ZERO,
+        "SHIFT": 1.5 * 2.0 ** (52 if dtype == torch.float64 else 23),
+    }
+
+
+def _tile(channels: int) -> dict[str, int]:
+    block = triton.next_power_of_2(channels)
+    return {"BLOCK": block, "ROWS": max(1, _TILE // block)}
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with channels side by side; its rows may be apart (a slice of a channels-last tensor)."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def encode(x: Tensor, bits: tuple[int, ...]) -> Tensor:
+    """The uint8 codes of x [N, channels], of its shape."""
+    x = _dense(x)
+    rows, width = x.shape
+    codes = torch.empty(rows, width, dtype=torch.uint8, device=x.device)
+    work, constants = _work(x.dtype)
+    tile = _tile(min(width, _TILE))
+    if x.numel():
+        grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))
+        with torch.cuda.device_of(x):
+            _encode_kernel[grid](x, codes, rows, x.stride(0), width, **tile, **_steps(bits, work), **constants)
+    return codes
+
+
+def mixed_forward(
+    x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...], keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """sum_b p_b Q_b(x) and, with `keep`, the codes of x.
+
+    x [N, channels] shared by all groups or [N, groups * channels]; p [groups, bits] -> [N, groups * channels], of x's
+    type; codes uint8 of x's shape.
+    """
+    x = _dense(x)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device) if keep else None
+    return _forward(x, codes, p, channels, bits, x.dtype), codes
+
+
+def decode(codes: Tensor, p: Tensor, channels: int, bits: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The mixture [N, groups * channels] of codes [N, channels] or [N, groups * channels], in `dtype`."""
+    return _forward(None, codes, p, channels, bits, dtype)
+
+
+def _forward(
+    x: Tensor | None, codes: Tensor | None, p: Tensor, channels: int, bits: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    source = codes if x is None else x
+    assert source is not None
+    rows, groups, p = source.shape[0], p.shape[0], p.detach().contiguous()
+    out = torch.empty(rows, groups * channels, dtype=dtype, device=source.device)
+    work, constants = _work(dtype)
+    tile = _tile(channels)
+    if rows:
+        with torch.cuda.device_of(source):
+            _forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+                source,
+                source if codes is None else codes,
+                p,
+                level_table(bits, work, source.device),
+                out,
+                rows,
+                groups,
+                source.stride(0),
+                channels,
+                **tile,
+                **_steps(bits, work),
+                SHARED=source.shape[1] != groups * channels,
+                ENCODE=x is not None,
+                STORE=codes is not None,
+                TABLE=TABLE,
+                **constants,
+            )
+    return out
+
+
+def mixed_backward(
+    codes: Tensor, gradient: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (of codes' shape, gradient's type) and of p [groups, bits], for gradient [N, groups * channels]."""
+    gradient, p = gradient.detach().contiguous(), p.detach().contiguous()
+    rows, groups = codes.shape[0], p.shape[0]
+    work, constants = _work(gradient.dtype)
+    tile = _tile(channels)
+    programs = triton.cdiv(rows, tile["ROWS"])
+    x_gradient = torch.empty(codes.shape, dtype=gradient.dtype, device=codes.device)
+    partial = torch.empty(programs, groups, len(bits), dtype=work, device=codes.device)
+    if rows:
+        with torch.cuda.device_of(codes):
+            _backward_kernel[(programs,)](
+                codes,
+                gradient,
+                p,
+                level_table(bits, work, codes.device),
+                x_gradient,
+                partial,
+                rows,
+                groups,
+                channels,
+                **tile,
+                LAST=last_codes(bits),
+                SHARED=codes.shape[1] != groups * channels,
+                TABLE=TABLE,
+                **constants,
+            )
+    return x_gradient, partial.sum(0).to(p.dtype)
+
+
+class _Anchor(torch.autograd.Function):
+    """A tensor of x's shape and place in the graph that holds one element, of no meaning, and not x's memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Mixed(torch.autograd.Function):
+    """The mixture; saves codes (one byte an element) and p. `anchor` receives x's gradient, of any order."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
+        keep = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        mixed, codes = mixed_forward(x, p, channels, bits, keep)
+        if keep:
+            ctx.save_for_backward(anchor, codes, p)
+        ctx.channels, ctx.bits = channels, bits
+        return mixed
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        anchor, codes, p = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            x_gradient, p_gradient = _plain_backward(anchor, codes, gradient, p, ctx.bits)
+        else:
+            x_gradient, p_gradient = mixed_backward(codes, gradient, p, ctx.channels, ctx.bits)
+        return x_gradient, None, p_gradient, None, None
+
+
+def _plain_backward(
+    anchor: Tensor, codes: Tensor, gradient: Tensor, p: Tensor, bits: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """`mixed_backward` in plain differentiable operations, for create_graph."""
+    work = torch.promote_types(gradient.dtype, torch.float32)
+    channels = gradient.shape[1] // p.shape[0]
+    split = codes.unflatten(1, (-1, channels))  # [N, groups or 1, c]
+    given = gradient.to(work).unflatten(1, (-1, channels))
+    place, index = anchor.to(work).view_as(split), split.long()
+    table = level_table(bits, work, codes.device)
+    x_gradient, p_gradients = torch.zeros_like(given), []
+    for position, last in enumerate(last_codes(bits)):
+        mask = (split >= 1) & (split <= last)
+        value = straight_through(place, table[position][index], mask)
+        x_gradient = x_gradient + given * p[:, position].to(work).view(1, -1, 1) * mask
+        p_gradients.append((given * value).sum((0, 2)))
+    x_gradient = x_gradient.sum_to_size(split.shape).reshape(codes.shape)
+    return x_gradient.to(gradient.dtype), torch.stack(p_gradients, 1).to(p.dtype)
+
+
+def mixed(x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
+    """sum_b p_b Q_b(x) with gradients of any order; shapes as in `mixed_forward`."""
+    if not torch.is_grad_enabled():
+        return mixed_forward(x, p, channels, bits, keep=False)[0]
+    return _Mixed.apply(_Anchor.apply(x), x.detach(), p, channels, bits)
