@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.quant import kernels
 from common.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
     FLOAT_BITS,
@@ -152,6 +154,13 @@ class _MixedHwgq(torch.autograd.Function):
         return gradient * factor, p_gradient, None, None
 
 
+def _gpu_kernels(x: Tensor) -> ModuleType | None:
+    """The Triton kernels where they can take x; None elsewhere: the twin is what torch.compile fuses by itself."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    return kernels.triton_kernels()
+
+
 def _is_shared(x: Tensor, p: Tensor, channels: int) -> bool:
     return x.shape[1] == channels and p.shape[0] > 1
 
@@ -209,7 +218,8 @@ def mix_levels(levels: list[Tensor], probabilities: Tensor, channels: int, bits:
         x = levels[0]
         batch, _, height, width = x.shape
         pixels = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        mixed = _MixedHwgq.apply(pixels, probabilities, channels, bits)
+        gpu = _gpu_kernels(pixels)
+        mixed = (gpu.mixed if gpu else _MixedHwgq.apply)(pixels, probabilities, channels, bits)
         return mixed.view(batch, height, width, -1).permute(0, 3, 1, 2)
     return mix(levels, probabilities, channels)
 

@@ -5,9 +5,7 @@ Only for a process that holds tensors on a GPU: importing this module imports Tr
 twin is `_MixedHwgq` in common/quant/layers.py. Tensors are [N, groups * c], or [N, c] where all groups share one; rows
 are pixels, channels dense. Arithmetic is float32 for bfloat16 and float32 tensors, float64 for float64.
 
-The code of x is the number of thresholds of its bit-widths below it: [x > -1e-9], the rounding points of every width
-and the end of every width's range, at most 31. Each value and each straight-through mask is a step function with steps
-at these points only, hence a function of the code. A code of its own, NAN, keeps a NaN visible in every result.
+Codes are those of `levels.py`, for bit-widths below 8. A NaN has a code of its own, which keeps it visible.
 """
 
 from __future__ import annotations
@@ -19,45 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.quant.kernels.levels import TABLE, codebook
 from common.quant.quantizers import HWGQ_STEP, LOW_BITS, ZERO, hwgq_bound, straight_through
 
-NAN = 32
-TABLE = 64  # entries of a table by code
 _TILE = 1024  # elements of a program's tile: 8 to a thread at 4 warps
 
 
-def thresholds(bits: tuple[int, ...]) -> list[tuple[float, int, bool]]:
-    """The points where the code of x steps, ascending: (threshold, bit-width, whether it ends that width's range).
-
-    The first is zero, of bit-width 0. The nearest two of any set of bits are 0.0027 apart: their order is certain.
-    """
-    steps = [(HWGQ_STEP[b] * (level + 0.5), b, False) for b in bits for level in range(2**b - 1)]
-    return [(-ZERO, 0, False), *sorted(steps + [(hwgq_bound(b), b, True) for b in bits])]
-
-
+@cache
 def last_codes(bits: tuple[int, ...]) -> tuple[int, ...]:
     """For each bit-width the largest code of an x that is not above its range: its mask is 1 <= code <= that."""
-    ends = {b: index for index, (_, b, end) in enumerate(thresholds(bits)) if end}
-    return tuple(ends[b] for b in bits)
-
-
-@cache
-def level_table(bits: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Q_b(x) by the code of x: [bits, TABLE], NaN at NAN. Made once, so that no capture of a CUDA graph meets it."""
-    rows = []
-    for b in bits:
-        counts = [0]
-        for _, width, end in thresholds(bits):
-            counts.append(counts[-1] + (width == b and not end))
-        counts += [0] * (TABLE - len(counts))
-        rows.append(torch.tensor(counts, dtype=dtype) * HWGQ_STEP[b])
-    table = torch.stack(rows)
-    table[:, NAN] = float("nan")
-    return table.to(device)
+    masks = codebook(bits, torch.float64, torch.device("cpu")).masks
+    return tuple(int(count) for count in masks.sum(1))
 
 
 @triton.jit
-def _encode_tile(x, STEPS: tl.constexpr, TOPS: tl.constexpr, ZERO: tl.constexpr, SHIFT: tl.constexpr):
+def _encode_tile(
+    x, STEPS: tl.constexpr, TOPS: tl.constexpr, ZERO: tl.constexpr, NAN: tl.constexpr, SHIFT: tl.constexpr
+):
     """Codes of x (float32 or float64) as int32. Adding and subtracting SHIFT rounds to the nearest even integer."""
     code = (x > -ZERO).to(tl.int32)
     for b in tl.static_range(len(STEPS)):
@@ -69,7 +45,7 @@ def _encode_tile(x, STEPS: tl.constexpr, TOPS: tl.constexpr, ZERO: tl.constexpr,
             level = inside / step
         level = (level + SHIFT) - SHIFT
         code += tl.where(x == x, level, 0.0).to(tl.int32) + (x > TOPS[b]).to(tl.int32)
-    return tl.where(x == x, code, 32)
+    return tl.where(x == x, code, NAN)
 
 
 @triton.jit
@@ -84,6 +60,7 @@ def _encode_kernel(
     STEPS: tl.constexpr,
     TOPS: tl.constexpr,
     ZERO: tl.constexpr,
+    NAN: tl.constexpr,
     SHIFT: tl.constexpr,
     WORK: tl.constexpr,
 ):
@@ -92,7 +69,7 @@ def _encode_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < WIDTH)
     value = tl.load(x + row * stride + column, inside, other=0.0).to(WORK)
-    code = _encode_tile(value, STEPS, TOPS, ZERO, SHIFT)
+    code = _encode_tile(value, STEPS, TOPS, ZERO, NAN, SHIFT)
     tl.store(codes + row * WIDTH + column, code.to(tl.uint8), inside)
 
 
@@ -112,6 +89,7 @@ def _forward_kernel(
     STEPS: tl.constexpr,
     TOPS: tl.constexpr,
     ZERO: tl.constexpr,
+    NAN: tl.constexpr,
     SHIFT: tl.constexpr,
     SHARED: tl.constexpr,
     ENCODE: tl.constexpr,
@@ -128,7 +106,7 @@ def _forward_kernel(
         source = column if SHARED else column + group * C
         if ENCODE:  # shared: once more for every group, from the first level cache; memory is what costs
             value = tl.load(x + row * stride + source, inside, other=0.0).to(WORK)
-            code = _encode_tile(value, STEPS, TOPS, ZERO, SHIFT)
+            code = _encode_tile(value, STEPS, TOPS, ZERO, NAN, SHIFT)
             if STORE:
                 if SHARED:
                     tl.store(codes + row * width + source, code.to(tl.uint8), inside & (group == 0))
@@ -204,6 +182,7 @@ def _steps(bits: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
         "STEPS": tuple(HWGQ_STEP[b] for b in bits),
         "TOPS": tuple(hwgq_bound(b) for b in bits),
         "ZERO": ZERO,
+        "NAN": codebook(bits, torch.float64, torch.device("cpu")).nan_code,
         "SHIFT": 1.5 * 2.0 ** (52 if dtype == torch.float64 else 23),
     }
 
@@ -265,7 +244,7 @@ def _forward(
                 source,
                 source if codes is None else codes,
                 p,
-                level_table(bits, work, source.device),
+                codebook(bits, work, source.device).levels,
                 out,
                 rows,
                 groups,
@@ -285,7 +264,7 @@ def _forward(
 def mixed_backward(
     codes: Tensor, gradient: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (of codes' shape, gradient's type) and of p [groups, bits], for gradient [N, groups * channels]."""
+    """Gradients of x (codes' shape, gradient's type) and of p [groups, bits], for gradient [N, groups * channels]."""
     gradient, p = gradient.detach().contiguous(), p.detach().contiguous()
     rows, groups = codes.shape[0], p.shape[0]
     work, constants = _work(gradient.dtype)
@@ -299,7 +278,7 @@ def mixed_backward(
                 codes,
                 gradient,
                 p,
-                level_table(bits, work, codes.device),
+                codebook(bits, work, codes.device).levels,
                 x_gradient,
                 partial,
                 rows,
@@ -357,7 +336,7 @@ def _plain_backward(
     split = codes.unflatten(1, (-1, channels))  # [N, groups or 1, c]
     given = gradient.to(work).unflatten(1, (-1, channels))
     place, index = anchor.to(work).view_as(split), split.long()
-    table = level_table(bits, work, codes.device)
+    table = codebook(bits, work, codes.device).levels
     x_gradient, p_gradients = torch.zeros_like(given), []
     for position, last in enumerate(last_codes(bits)):
         mask = (split >= 1) & (split <= last)
