@@ -27,7 +27,7 @@ def main(source: str, target: str) -> None:
 
 
 def _primitives(case: dict[str, Any]) -> dict[str, Tensor]:
-    """The kernels one by one, and the mixture through autograd."""
+    """The kernels one by one, and the mixture where no gradient is recorded."""
     from common.quant.kernels import triton as kernels
 
     x, p, gradient, channels, bits = (case[key] for key in ("x", "p", "gradient", "channels", "bits"))
@@ -39,8 +39,6 @@ def _primitives(case: dict[str, Any]) -> dict[str, Tensor]:
     return {
         "values": values,
         "codes": codes,
-        "encoded": kernels.encode(x, bits),
-        "decoded": kernels.decode(codes, p, channels, bits, x.dtype),
         "unrecorded": unrecorded,
         "x_gradient": x_gradient,
         "p_gradient": p_gradient,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the mixed activation on a GPU: encode to uint8 codes, decode to the mixture, and its gradients.
+"""Triton kernels of the mixed activation on a GPU: uint8 codes, the mixture, and its gradients.
 
 Only for a process that holds tensors on a GPU: importing this module imports Triton (`kernels.triton_kernels`). The
 twin is `_MixedHwgq` in common/quant/layers.py. Tensors are [N, groups * c], or [N, c] where all groups share one; rows
@@ -49,31 +49,6 @@ def _encode_tile(
 
 
 @triton.jit
-def _encode_kernel(
-    x,
-    codes,
-    rows,
-    stride,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
-    TOPS: tl.constexpr,
-    ZERO: tl.constexpr,
-    NAN: tl.constexpr,
-    SHIFT: tl.constexpr,
-    WORK: tl.constexpr,
-):
-    """codes[n, k] of x[n, k], whose rows are `stride` apart; axis 1 of the grid walks the channels."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < WIDTH)
-    value = tl.load(x + row * stride + column, inside, other=0.0).to(WORK)
-    code = _encode_tile(value, STEPS, TOPS, ZERO, NAN, SHIFT)
-    tl.store(codes + row * WIDTH + column, code.to(tl.uint8), inside)
-
-
-@triton.jit
 def _forward_kernel(
     x,
     codes,
@@ -92,28 +67,25 @@ def _forward_kernel(
     NAN: tl.constexpr,
     SHIFT: tl.constexpr,
     SHARED: tl.constexpr,
-    ENCODE: tl.constexpr,
     STORE: tl.constexpr,
     TABLE: tl.constexpr,
     WORK: tl.constexpr,
 ):
-    """out[n, g c + k] = sum_b p[g, b] levels[b, code]. ENCODE: codes come from x (and are kept where STORE)."""
+    """out[n, g c + k] = sum_b p[g, b] levels[b, code of x], the rows of x `stride` apart; keeps the codes (STORE)."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < C)
-    width = C if SHARED else C * groups
+    if SHARED:
+        value = tl.load(x + row * stride + column, inside, other=0.0).to(WORK)
+        code = _encode_tile(value, STEPS, TOPS, ZERO, NAN, SHIFT)
+        if STORE:
+            tl.store(codes + row * C + column, code.to(tl.uint8), inside)
     for group in range(groups):
-        source = column if SHARED else column + group * C
-        if ENCODE:  # shared: once more for every group, from the first level cache; memory is what costs
-            value = tl.load(x + row * stride + source, inside, other=0.0).to(WORK)
+        if not SHARED:
+            value = tl.load(x + row * stride + group * C + column, inside, other=0.0).to(WORK)
             code = _encode_tile(value, STEPS, TOPS, ZERO, NAN, SHIFT)
             if STORE:
-                if SHARED:
-                    tl.store(codes + row * width + source, code.to(tl.uint8), inside & (group == 0))
-                else:
-                    tl.store(codes + row * width + source, code.to(tl.uint8), inside)
-        else:
-            code = tl.load(codes + row * width + source, inside, other=0).to(tl.int32)
+                tl.store(codes + row * (C * groups) + group * C + column, code.to(tl.uint8), inside)
         mixed = tl.zeros((ROWS, BLOCK), WORK)
         for b in tl.static_range(len(STEPS)):
             weight = tl.load(p + group * len(STEPS) + b).to(WORK)
@@ -176,39 +148,9 @@ def _work(dtype: torch.dtype) -> tuple[torch.dtype, dict[str, object]]:
     return (dtype if wide else torch.float32), {"WORK": tl.float64 if wide else tl.float32, "enable_fp_fusion": False}
 
 
-def _steps(bits: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
-    assert bits and all(b in LOW_BITS for b in bits), "only the widths of HWGQ's fixed grid have codes"
-    return {
-        "STEPS": tuple(HWGQ_STEP[b] for b in bits),
-        "TOPS": tuple(hwgq_bound(b) for b in bits),
-        "ZERO": ZERO,
-        "NAN": codebook(bits, torch.float64, torch.device("cpu")).nan_code,
-        "SHIFT": 1.5 * 2.0 ** (52 if dtype == torch.float64 else 23),
-    }
-
-
 def _tile(channels: int) -> dict[str, int]:
     block = triton.next_power_of_2(channels)
     return {"BLOCK": block, "ROWS": max(1, _TILE // block)}
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x with channels side by side; its rows may be apart (a slice of a channels-last tensor)."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def encode(x: Tensor, bits: tuple[int, ...]) -> Tensor:
-    """The uint8 codes of x [N, channels], of its shape."""
-    x = _dense(x)
-    rows, width = x.shape
-    codes = torch.empty(rows, width, dtype=torch.uint8, device=x.device)
-    work, constants = _work(x.dtype)
-    tile = _tile(min(width, _TILE))
-    if x.numel():
-        grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))
-        with torch.cuda.device_of(x):
-            _encode_kernel[grid](x, codes, rows, x.stride(0), width, **tile, **_steps(bits, work), **constants)
-    return codes
 
 
 def mixed_forward(
@@ -219,46 +161,37 @@ def mixed_forward(
     x [N, channels] shared by all groups or [N, groups * channels]; p [groups, bits] -> [N, groups * channels], of x's
     type; codes uint8 of x's shape.
     """
-    x = _dense(x)
+    assert bits and all(b in LOW_BITS for b in bits), "only the widths of HWGQ's fixed grid have codes"
+    x, p = (x if x.stride(1) == 1 else x.contiguous()), p.detach().contiguous()
+    rows, groups = x.shape[0], p.shape[0]
+    out = torch.empty(rows, groups * channels, dtype=x.dtype, device=x.device)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device) if keep else None
-    return _forward(x, codes, p, channels, bits, x.dtype), codes
-
-
-def decode(codes: Tensor, p: Tensor, channels: int, bits: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The mixture [N, groups * channels] of codes [N, channels] or [N, groups * channels], in `dtype`."""
-    return _forward(None, codes, p, channels, bits, dtype)
-
-
-def _forward(
-    x: Tensor | None, codes: Tensor | None, p: Tensor, channels: int, bits: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    source = codes if x is None else x
-    assert source is not None
-    rows, groups, p = source.shape[0], p.shape[0], p.detach().contiguous()
-    out = torch.empty(rows, groups * channels, dtype=dtype, device=source.device)
-    work, constants = _work(dtype)
-    tile = _tile(channels)
+    work, constants = _work(x.dtype)
+    book, tile = codebook(bits, work, x.device), _tile(channels)
     if rows:
-        with torch.cuda.device_of(source):
+        with torch.cuda.device_of(x):
             _forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-                source,
-                source if codes is None else codes,
+                x,
+                out if codes is None else codes,
                 p,
-                codebook(bits, work, source.device).levels,
+                book.levels,
                 out,
                 rows,
                 groups,
-                source.stride(0),
+                x.stride(0),
                 channels,
                 **tile,
-                **_steps(bits, work),
-                SHARED=source.shape[1] != groups * channels,
-                ENCODE=x is not None,
-                STORE=codes is not None,
+                STEPS=tuple(HWGQ_STEP[b] for b in bits),
+                TOPS=tuple(hwgq_bound(b) for b in bits),
+                ZERO=ZERO,
+                NAN=book.nan_code,
+                SHIFT=1.5 * 2.0 ** (52 if work == torch.float64 else 23),
+                SHARED=x.shape[1] != groups * channels,
+                STORE=keep,
                 TABLE=TABLE,
                 **constants,
             )
-    return out
+    return out, codes
 
 
 def mixed_backward(
