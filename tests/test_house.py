@@ -37,7 +37,7 @@ ARROWS = {
     "common.recipes": ALL_OF_COMMON,
     **dict.fromkeys(METHODS, ALL_OF_COMMON),
     "tools": ALL_OF_COMMON,
-    "benchmarks": ALL_OF_COMMON | frozenset(METHODS),
+    "benchmarks": ALL_OF_COMMON | frozenset((*METHODS, "tests")),
 }
 # The entry points that read like a recipe.
 MAX_ENTRY_LINES = 250

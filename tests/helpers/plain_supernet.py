@@ -38,21 +38,51 @@ def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Te
     return value + (passed - passed.detach())
 
 
+class Clamp(torch.autograd.Function):
+    """x between 0 and `top`; passes the gradient there, bounds included (in torch that depends on the release)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, top: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.top = top
+        return x.clamp(0.0, top)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.where((x > -TINY) & (x <= ctx.top), gradient, 0.0), None
+
+
+class Round(torch.autograd.Function):
+    """The nearest multiple of `step`; the gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: float) -> Tensor:
+        return torch.round(x / step) * step
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 def hwgq(x: Tensor, bits: int) -> Tensor:
     """Half-wave Gaussian quantiser of 1-4 bits: 2^b levels from 0; inclusive mask; |x| < 1e-9 counts as 0."""
     step = HWGQ_STEP[bits]
-    top = step * (2**bits - 1)
-    flat = torch.where(x.abs() < TINY, torch.zeros_like(x), x).detach()
-    value = torch.round(flat.clamp(0.0, top) / step) * step
-    return straight_through(x, value, ((flat >= 0) & (flat <= top)).to(x.dtype))
+    return Round.apply(Clamp.apply(x, step * (2**bits - 1)), step)
 
 
-def gaussian(w: Tensor, bits: int) -> Tensor:
+class Gaussian(torch.autograd.Function):
     """Mid-rise weight quantiser of 1-4 bits by the tensor's unbiased deviation; the gradient is the identity."""
-    step = GAUSS_STEP[bits] * w.detach().std()
-    bound = (2**bits / 2 - 0.5) * step
-    value = ((torch.round(w / step + 0.5) - 0.5) * step).clamp(-bound, bound)
-    return straight_through(w, value)
+
+    @staticmethod
+    def forward(ctx, w: Tensor, bits: int, deviation: Tensor | float) -> Tensor:
+        step = GAUSS_STEP[bits] * deviation
+        bound = (2**bits / 2 - 0.5) * step
+        return ((torch.round(w / step + 0.5) - 0.5) * step).clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
 
 
 def eight_bits_reference(x: Tensor) -> Tensor:
@@ -72,14 +102,20 @@ def eight_bits_reference(x: Tensor) -> Tensor:
 
 
 class MixedConv(nn.Conv2d):
-    """A convolution of softmax-weighted quantised operands; its cell sets `logits` = (activation, weight)."""
+    """A convolution of softmax-weighted quantised operands; its cell sets `logits` = (activation, weight).
 
-    def __init__(self, *args: int, bits: tuple[int, ...] | None, scheme: str, **kwargs: int) -> None:
+    Reads a weight's deviation (once a bit-width) and its own size back to the host, unless it is `tuned`.
+    """
+
+    def __init__(
+        self, *args: int, bits: tuple[int, ...] | None, scheme: str, tuned: bool = False, **kwargs: int
+    ) -> None:
         super().__init__(*args, bias=False, **kwargs)
-        self.bits, self.scheme = bits, scheme
+        self.bits, self.scheme, self.tuned = bits, scheme, tuned
         self.logits: tuple[Tensor, Tensor] | None = None
         self.register_buffer("maximum", torch.tensor(-1.0))
-        self.last_input: tuple[int, ...] = ()
+        self.register_buffer("size", torch.tensor(0.0), persistent=False)
+        self.size_number = 0.0
         self.update_range = True
 
     def _activation8(self, x: Tensor) -> Tensor:
@@ -105,36 +141,57 @@ class MixedConv(nn.Conv2d):
         """One choice of the activation mixture."""
         return x if bits == 32 else self._activation8(x) if bits == 8 else hwgq(x, bits)
 
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """Every choice of the activation mixture."""
+        assert self.bits is not None
+        return [self.quantised_activation(x, bits) for bits in self.bits]
+
     def quantised_weight(self, bits: int) -> Tensor:
         """One choice of the weight mixture."""
         w = self.weight
-        return w if bits == 32 else self._weight8(w) if bits == 8 else gaussian(w, bits)
+        if bits == 32:
+            return w
+        if bits == 8:
+            return self._weight8(w)
+        deviation = w.detach().std()
+        return Gaussian.apply(w, bits, deviation if self.tuned else deviation.item())
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.last_input = tuple(x.shape)
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        """x, or the choices of its mixture where they are shared (`levels`)."""
+        self._keep_size(x[0] if isinstance(x, list) else x)
         if self.bits is None:
             return self._conv_forward(x, self.weight, None)
         assert self.logits is not None
         for_activation, for_weight = (F.softmax(logits, dim=-1) for logits in self.logits)
-        x = sum(p * self.quantised_activation(x, b) for p, b in zip(for_activation, self.bits, strict=True))
-        w = sum(p * self.quantised_weight(b) for p, b in zip(for_weight, self.bits, strict=True))
+        levels = x if isinstance(x, list) else (self.quantised_activation(x, b) for b in self.bits)
+        x = sum(for_activation[i] * level for i, level in enumerate(levels))
+        w = sum(for_weight[i] * self.quantised_weight(b) for i, b in enumerate(self.bits))
         return self._conv_forward(x, w, None)
 
-    def size_product(self) -> float:
+    def _keep_size(self, x: Tensor) -> None:
         """The paper's group-blind size in millions: Cin Cout k k H W / stride^2, H and W those of the input."""
-        height, width = self.last_input[2:]
         kernel = self.kernel_size[0] * self.kernel_size[1]
-        return self.in_channels * self.out_channels * kernel * 1e-6 * height * width / self.stride[0] ** 2
+        size = self.in_channels * self.out_channels * kernel * 1e-6 * x.shape[2] * x.shape[3]
+        self.size_number = size / self.stride[0] ** 2
+        if self.bits is not None and not self.tuned:
+            self.size.copy_(torch.tensor(self.size_number, dtype=self.size.dtype))
 
-    def expected_bits(self) -> tuple[Tensor, Tensor]:
+    def size_product(self) -> float:
+        """The size that the last forward saw."""
+        return self.size_number if self.tuned or self.bits is None else self.size.item()
+
+    def expected_bits(self) -> list[Tensor]:
         """Expected activation and weight bits under the present logits."""
         assert self.logits is not None and self.bits is not None
-        bits = torch.tensor(self.bits, dtype=self.weight.dtype)
-        return (F.softmax(self.logits[0], -1) * bits).sum(), (F.softmax(self.logits[1], -1) * bits).sum()
+        shares = [F.softmax(logits, dim=-1) for logits in self.logits]
+        return [sum(share[i] * b for i, b in enumerate(self.bits)) for share in shares]
 
 
 class Branch(nn.Module):
-    """A candidate operation; `convolutions` lists its convolutions in the order of use."""
+    """A candidate operation; `convolutions` lists its convolutions in the order of use.
+
+    forward: x, and the choices of its first convolution's mixture where all readers of a state share them.
+    """
 
     convolutions: list[MixedConv]
 
@@ -162,9 +219,9 @@ class Halve(Branch):
         self.bn = nn.BatchNorm2d(c_out, affine=False)
         self.convolutions = [self.conv1, self.conv2]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
         x = F.relu(x)
-        return self.bn(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], dim=1))
+        return self.bn(torch.cat([self.conv1(levels or x), self.conv2(x[:, :, 1:, 1:])], dim=1))
 
 
 class Separable(Branch):
@@ -181,8 +238,8 @@ class Separable(Branch):
         self.bn2 = nn.BatchNorm2d(c, affine=False)
         self.convolutions = [self.depthwise1, self.pointwise1, self.depthwise2, self.pointwise2]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.pointwise1(self.depthwise1(F.relu(x))))
+    def forward(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
+        x = self.bn1(self.pointwise1(self.depthwise1(levels or F.relu(x))))
         return self.bn2(self.pointwise2(self.depthwise2(F.relu(x))))
 
 
@@ -196,8 +253,8 @@ class Dilated(Branch):
         self.bn = nn.BatchNorm2d(c, affine=False)
         self.convolutions = [self.depthwise, self.pointwise]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.pointwise(self.depthwise(F.relu(x))))
+    def forward(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
+        return self.bn(self.pointwise(self.depthwise(levels or F.relu(x))))
 
 
 class Pool(Branch):
@@ -209,7 +266,7 @@ class Pool(Branch):
         self.bn = nn.BatchNorm2d(c, affine=False)
         self.convolutions = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
         if self.kind == "max":
             return self.bn(F.max_pool2d(x, 3, self.stride, 1))
         return self.bn(F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False))
@@ -222,7 +279,7 @@ class Nothing(Branch):
         super().__init__()
         self.stride, self.convolutions = stride, []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
         return x[:, :, :: self.stride, :: self.stride] * 0.0
 
 
@@ -233,7 +290,7 @@ class Pass(Branch):
         super().__init__()
         self.convolutions = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
         return x
 
 
@@ -257,10 +314,15 @@ class Edge(nn.Module):
         self.k, self.stride = k, stride
         self.candidates = nn.ModuleDict({name: candidate(name, c // k, stride, **q) for name in OPERATIONS})
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """The choices of what every operation of this edge that starts with a ReLU reads."""
+        reader = next(b.convolutions[0] for b in self.candidates.values() if b.convolutions)
+        return reader.levels(F.relu(x[:, : x.shape[1] // self.k]))
+
+    def forward(self, x: Tensor, weights: Tensor, levels: list[Tensor] | None = None) -> Tensor:
         part = x.shape[1] // self.k
         head, rest = x[:, :part], x[:, part:]
-        head = sum(w * branch(head) for w, branch in zip(weights, self.candidates.values(), strict=True))
+        head = sum(w * branch(head, levels) for w, branch in zip(weights, self.candidates.values(), strict=True))
         if self.k == 1:
             return head
         rest = F.max_pool2d(rest, 2, 2) if self.stride == 2 else rest
@@ -274,7 +336,8 @@ class PlainCell(nn.Module):
 
     def __init__(self, c_pp: int, c_p: int, c: int, reduction: bool, after_reduction: bool, options: dict) -> None:
         super().__init__()
-        q = {"bits": options["bits"], "scheme": options["scheme"]}
+        q = {name: options[name] for name in ("bits", "scheme", "tuned")}
+        self.shared = options["tuned"] and options["bits"] is not None
         self.nodes, self.multiplier, self.reduction = options["nodes"], options["multiplier"], reduction
         self.preprocess0 = Halve(c_pp, c, **q) if after_reduction else Relu1x1(c_pp, c, **q)
         self.preprocess1 = Relu1x1(c_p, c, **q)
@@ -286,11 +349,14 @@ class PlainCell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, alpha: Tensor, beta: Tensor | None) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
+        levels: list[list[Tensor] | None] = []
         edge = 0
         for _ in range(self.nodes):
             total: Tensor | float = 0.0
             for source in range(len(states)):
-                out = self.edges[edge](states[source], alpha[edge])
+                if source == len(levels):
+                    levels.append(self.edges[edge].levels(states[source]) if self.shared else None)
+                out = self.edges[edge](states[source], alpha[edge], levels[source])
                 total = total + (out if beta is None else beta[edge] * out)
                 edge += 1
             states.append(total)
@@ -307,7 +373,11 @@ def beta_weights(logits: Tensor, nodes: int) -> Tensor:
 
 
 class PlainSupernet(nn.Module):
-    """The relaxed network; bits None is full precision; gammas as common.nets promises: one row per name of ROWS."""
+    """The relaxed network; bits None is full precision; gammas as common.nets promises: one row per name of ROWS.
+
+    `tuned`: the same function without reads of the host, each state quantised once for all its readers, and
+    channels-last.
+    """
 
     def __init__(
         self,
@@ -323,11 +393,13 @@ class PlainSupernet(nn.Module):
         scheme: str = "default",
         nodes: int = 4,
         multiplier: int = 4,
+        tuned: bool = False,
     ) -> None:
         super().__init__()
         pc, c = method == "pc-darts", init_channels
-        self.stem_kind, self.nodes, self.bits = stem, nodes, bits
+        self.stem_kind, self.nodes, self.bits, self.tuned = stem, nodes, bits, tuned
         options = {"bits": bits, "scheme": scheme, "k": partial if pc else 1, "nodes": nodes, "multiplier": multiplier}
+        options["tuned"] = tuned
         self.convolution_names = [name for name in OPERATIONS if name in QUANTISED]
         if stem == "cifar":
             c_pp = c_p = 3 * c
@@ -393,12 +465,17 @@ class PlainSupernet(nn.Module):
             n = count[kind]
             count[kind] += 1
             for p in (0, 1):
+                own = tuple(self.gammas[f"{kind}_{w}_preprocess{p}"][n] for w in ("activation", "weight"))
                 for conv in getattr(cell, f"preprocess{p}").convolutions:
-                    conv.logits = tuple(self.gammas[f"{kind}_{w}_preprocess{p}"][n] for w in ("activation", "weight"))
+                    conv.logits = own
+            tables = [self.gammas[f"{kind}_{w}"][n] for w in ("activation", "weight")]
             for e, edge in enumerate(cell.edges):
+                of_edge = [table[e] for table in tables]
                 for row, name in enumerate(ROWS[kind]):
-                    for conv in edge.candidates[name].convolutions:
-                        conv.logits = tuple(self.gammas[f"{kind}_{w}"][n, e, row] for w in ("activation", "weight"))
+                    if edge.candidates[name].convolutions:
+                        own = tuple(rows[row] for rows in of_edge)
+                        for conv in edge.candidates[name].convolutions:
+                            conv.logits = own
 
     def mixed_convolutions(self) -> list[MixedConv]:
         """Every convolution of the cells, preprocessing first within a cell."""
@@ -414,8 +491,7 @@ class PlainSupernet(nn.Module):
             conv.update_range = True
 
     def complexity(self) -> Tensor:
-        """The reference's complexity, after a forward pass: sum of size E[a] E[w] over the first convolution's size."""
-        self.bind_gammas()
+        """The reference's complexity of the last forward pass: sum of size E[a] E[w] over the first convolution's."""
         total = torch.zeros((), dtype=torch.float64)
         for conv in self.mixed_convolutions():
             activation, weight = conv.expected_bits()
@@ -425,6 +501,8 @@ class PlainSupernet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
         self.bind_gammas()
+        if self.tuned:
+            x = x.contiguous(memory_format=torch.channels_last)
         if self.stem_kind == "cifar":
             s0 = s1 = self.stem(x)
         else:
