@@ -101,9 +101,27 @@ class Cost:
 def trace_layers(module: nn.Module, input_shape: Sequence[int]) -> list[LayerShape]:
     """Shapes of all convolutions and linear layers that a forward of one image [C, H, W] meets, in call order.
 
-    Nothing is computed: a copy runs on the meta device, in evaluation mode.
+    Nothing is computed: a copy runs on a batch of no images, in evaluation mode. (The meta device would do as well,
+    but its operators import torch's compiler, a good second of every start.)
     """
-    module = copy.deepcopy(module).to("meta").eval()
+    try:
+        return _trace(_shell(module), input_shape, "cpu", images=0)
+    except (RuntimeError, ValueError):  # an operation of the user's own that cannot take an empty batch
+        return _trace(copy.deepcopy(module).to("meta"), input_shape, "meta", images=1)
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """A copy on the CPU whose weights were never written: their memory is not even touched."""
+    own: dict[int, Any] = {}
+    for p in module.parameters():
+        own[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
+    for buffer in module.buffers():
+        own[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return copy.deepcopy(module, own)
+
+
+def _trace(module: nn.Module, input_shape: Sequence[int], device: str, images: int) -> list[LayerShape]:
+    module.eval()
     for layer in list(module.modules()):
         if isinstance(layer, (QuantConv2d, QuantLinear)):  # no shape depends on them, and they are most of the time
             layer.quantize_weight = layer.quantize_activation = nn.Identity()
@@ -123,7 +141,7 @@ def trace_layers(module: nn.Module, input_shape: Sequence[int]) -> list[LayerSha
                 kernel=1 if linear else layer.kernel_size[0] * layer.kernel_size[1],
                 groups=1 if linear else layer.groups,
                 stride=1 if linear else layer.stride[0] * layer.stride[1],
-                in_elements=x[0].numel(),
+                in_elements=x.shape[1:].numel(),
                 out_pixels=1 if linear else output.shape[2] * output.shape[3],
                 weights=weight.numel(),
                 weight_bits=getattr(layer, "weight_bits", FLOAT_BITS),
@@ -131,11 +149,11 @@ def trace_layers(module: nn.Module, input_shape: Sequence[int]) -> list[LayerSha
             )
         )
 
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(note)
+    hooks = [m.register_forward_hook(note) for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with torch.no_grad():
-        module(torch.zeros(1, *input_shape, device="meta", dtype=_dtype(module)))
+        module(torch.zeros(images, *input_shape, device=device, dtype=_dtype(module)))
+    for hook in hooks:
+        hook.remove()
     return found
 
 

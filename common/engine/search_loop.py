@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from common.engine import distributed
 from common.engine.bilevel import ORDERS, Batch, architecture_gradients, inner_groups
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_adam, prepare_sgd
+from common.engine.optimizers import SGD, Adam
 from common.engine.progress import Eta, progress, say
 from common.engine.protocols import BatchStream, RunLike
 from common.engine.schedules import rate_at
@@ -172,18 +173,16 @@ class SearchLoop:
         self.gammas = [] if upper else gammas
         rates = {"momentum": s.momentum, "weight_decay": s.weight_decay}
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "weights": prepare_sgd(torch.optim.SGD(self.weights, lr=s.learning_rate, fused=True, **rates))
+            "weights": prepare_sgd(SGD(self.weights, lr=s.learning_rate, fused=True, **rates))
         }
         if self.gammas:
             rates = {"momentum": s.gamma_momentum, "weight_decay": s.gamma_weight_decay}
-            self.optimizers["gammas"] = prepare_sgd(
-                torch.optim.SGD(self.gammas, lr=s.gamma_learning_rate, fused=True, **rates)
-            )
+            self.optimizers["gammas"] = prepare_sgd(SGD(self.gammas, lr=s.gamma_learning_rate, fused=True, **rates))
         groups: list[dict[str, Any]] = [{"params": self.arch, "weight_decay": s.arch_weight_decay}]
         if upper:
             groups.append({"params": upper, "weight_decay": s.gamma_weight_decay})
         self.arch = self.arch + upper
-        adam = torch.optim.Adam(groups, lr=s.arch_learning_rate, betas=s.arch_betas, fused=True)
+        adam = Adam(groups, lr=s.arch_learning_rate, betas=s.arch_betas, fused=True)
         self.optimizers["arch"] = prepare_adam(adam)
         self.side_pass: Callable[[], AbstractContextManager[object]] = getattr(self.model, "side_pass", nullcontext)
 

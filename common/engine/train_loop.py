@@ -22,6 +22,7 @@ from common.engine import distributed
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_sgd
 from common.engine.metrics import ClassificationMeter
+from common.engine.optimizers import SGD
 from common.engine.progress import Eta, progress, say
 from common.engine.protocols import BatchStream, RunLike
 from common.engine.schedules import rate_at
@@ -100,7 +101,7 @@ def make_optimizer(network: nn.Module, settings: TrainSettings) -> torch.optim.S
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
     # fused: one kernel a step, and the form that can skip an update on the device (guard.py)
-    return prepare_sgd(torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True))
+    return prepare_sgd(SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True))
 
 
 class _Training:

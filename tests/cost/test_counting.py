@@ -210,3 +210,19 @@ def test_a_trained_run_costs_what_its_result_says(tmp_path: Path) -> None:
     size = network.pop("image_size")
     assert cost == network_cost(build_network(load_architecture("PC_DARTS"), **network), size)
     assert sizes["dataset"] == "mine" and sizes["num_classes"] == 7
+
+
+def test_an_operation_that_cannot_take_an_empty_batch_is_traced_too_and_weights_stay() -> None:
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(48, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.view(len(x), -1))  # -1 is ambiguous where there are no images
+
+    module = Flat()
+    before = module.linear.weight.detach().clone()
+    (shape,) = trace_layers(module, (3, 4, 4))
+    assert (shape.in_elements, shape.weights, shape.macs) == (48, 240, 240)
+    assert torch.equal(module.linear.weight, before) and module.training
