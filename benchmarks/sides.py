@@ -32,7 +32,10 @@ EVALUATION = {"eval_init_channels": 36, "eval_layers": 20}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is searched: `bits` None is full precision; `image_size` in pixels; `order` of the architecture step."""
+    """What is searched: `bits` None is full precision; `image_size` in pixels; `order` of the architecture step.
+
+    `precision` ("fp32" or "bf16") is the production side's; the plain sides stay in float32.
+    """
 
     method: str = "pc-darts"
     bits: tuple[int, ...] | None = (2, 4)
@@ -41,13 +44,15 @@ class Setting:
     layers: int = 8
     image_size: int = 32
     order: str = "first"
+    device: str = "cpu"
+    precision: str = "fp32"
 
     def batches(self, seed: int = 0, batch_size: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """Two batches of random images and labels, of training and of validation."""
         source, count = torch.Generator().manual_seed(seed), batch_size or self.batch_size
         size = (count, 3, self.image_size, self.image_size)
         draw = lambda: torch.randint(CLASSES, (count,), generator=source)  # noqa: E731
-        return [(torch.randn(size, generator=source), draw()) for _ in range(2)]
+        return [(torch.randn(size, generator=source).to(self.device), draw().to(self.device)) for _ in range(2)]
 
     def network(self) -> dict[str, Any]:
         """What both kinds of supernet are built from."""
@@ -74,14 +79,15 @@ class FusedSide:
     def __init__(self, setting: Setting) -> None:
         torch.manual_seed(0)
         self.model = build_supernet(**setting.network())
-        cost = ExpectedCost(self.model, input_size=setting.image_size, **EVALUATION)
+        cost = ExpectedCost(self.model, input_size=setting.image_size, **EVALUATION).to(setting.device)
+        self.model.to(setting.device)
         train, valid = (OneBatch(batch) for batch in setting.batches())
         self.train, self.valid = train, valid
         self.loop = SearchLoop(
             self.model,
             train_stream=train,
             valid_stream=valid,
-            settings=SearchSettings(epochs=1, arch_begin_epoch=0, order=setting.order),
+            settings=SearchSettings(epochs=1, arch_begin_epoch=0, order=setting.order, precision=setting.precision),
             criterion=nn.CrossEntropyLoss(),
             weight_term=cost_term(cost, WEIGHT_OF_COST if setting.bits else 0.0, None),
             arch_term=cost_term(cost, WEIGHT_OF_COST_UPPER, None),
@@ -109,7 +115,7 @@ class PlainSide:
 
     def __init__(self, setting: Setting, tuned: bool) -> None:
         torch.manual_seed(0)
-        self.model = PlainSupernet(**setting.network(), tuned=tuned)
+        self.model = PlainSupernet(**setting.network(), tuned=tuned).to(setting.device)
         weights, gammas = self.model.weight_parameters(), self.model.gamma_parameters()
         self.weights = weights
         defaults = SearchSettings(epochs=1)
