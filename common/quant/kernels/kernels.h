@@ -178,7 +178,7 @@ static Rows<T> rows_of(const Source<T>& s, int64_t first, int64_t pixels, Scratc
     return r;
 }
 
-// Decoded values of [pixels][channels] rows.
+// Decoded values of [pixels][channels] rows. Without a table (8 bits alone) only the code tells NaN.
 template <typename T>
 static void decode(const Source<T>& s, const Pattern<T>& pattern, const Rows<T>& r, int64_t pixels, T* out) {
     const int64_t total = pixels * s.channels();
@@ -199,6 +199,7 @@ static void decode(const Source<T>& s, const Pattern<T>& pattern, const Rows<T>&
                      (small ? look(m.levels + b * TABLE, code) : look_any<T>(m.levels + b * TABLE, code));
         if (r.codes8)
             value += load(&pattern.step8[at]) * __builtin_convertvector(widen<T>(r.codes8 + f), vec<T>);
+        if (!m.bits) value = (code == m.codes - 1) ? vec<T>{} + std::numeric_limits<T>::quiet_NaN() : value;
         store(out + f, value);
     }
     for (; f < total; f++) {
@@ -206,6 +207,7 @@ static void decode(const Source<T>& s, const Pattern<T>& pattern, const Rows<T>&
         for (int b = 0; b < m.bits; b++)
             value += pattern.weight[(size_t)b * period + f % period] * m.levels[b * TABLE + (r.codes[f] & CODE)];
         if (r.codes8) value += pattern.step8[f % period] * (T)r.codes8[f];
+        if (!m.bits && (r.codes[f] & CODE) == m.codes - 1) value = std::numeric_limits<T>::quiet_NaN();
         out[f] = value;
     }
 }

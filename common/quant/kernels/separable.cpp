@@ -53,6 +53,22 @@ void decode_all(const Source<T>& s, int64_t images, int64_t pixels, T* out, int 
     }
 }
 
+// Gradients d [pixels][channels] of what a source decodes to, as those of what it stores: [pixels][in].
+template <typename T>
+void gather(const Source<T>& s, const T* d, int64_t pixels, T* out) {
+    const int C = s.channels();
+    if (!s.shared) {
+        std::memcpy(out, d, sizeof(T) * pixels * C);
+        return;
+    }
+    for (int64_t q = 0; q < pixels; q++)
+        for (int i = 0; i < s.width; i++) {
+            T sum = 0;
+            for (int g = 0; g < s.groups; g++) sum += d[q * C + g * s.width + i];
+            out[q * s.width + i] = sum;
+        }
+}
+
 // d [pixels][channels] -> out [pixels][in]; p [groups][columns] or null.
 template <typename T>
 void decode_backward_all(
@@ -68,17 +84,7 @@ void decode_backward_all(
             T* rows = aligned(scratch.b, n * C);
             std::memcpy(rows, d + first * C, sizeof(T) * n * C);
             decode_backward(s, pattern, rows_of(s, first, n, scratch, scratch.a), n, rows, p ? p_sum.data() : nullptr);
-            T* to = out + first * s.in();
-            if (!s.shared) {
-                std::memcpy(to, rows, sizeof(T) * n * C);
-            } else {
-                for (int64_t q = 0; q < n; q++)
-                    for (int i = 0; i < s.width; i++) {
-                        T sum = 0;
-                        for (int g = 0; g < s.groups; g++) sum += rows[q * C + g * s.width + i];
-                        to[q * s.width + i] = sum;
-                    }
-            }
+            gather(s, rows, n, out + first * s.in());
         });
         if (p) fold_p(s, pattern, p_sum.data(), parts[t].data());
     }
@@ -170,6 +176,75 @@ void pointwise_sums(
     add_tasks(sums, sum), add_tasks(squares, products);
 }
 
+// What one task keeps on its way back through a depthwise convolution of `image`; asked for by `weights`, `probabilities`.
+template <typename T>
+struct DepthwiseBack {
+    const Source<T>& image;
+    const Pattern<T>& pattern;
+    const Window& w;
+    const T* taps;  // spread, flipped where stride is 1
+    std::vector<T> p_sum, w_buffer;
+    T *w_sum = nullptr, *p = nullptr;
+    DepthwiseBack(
+        const Source<T>& image, const Pattern<T>& pattern, const Window& w, const T* taps, bool weights,
+        bool probabilities)
+        : image(image), pattern(pattern), w(w), taps(taps) {
+        if (weights) {
+            w_sum = aligned(w_buffer, (int64_t)pattern.period * w.taps());
+            std::memset(w_sum, 0, sizeof(T) * pattern.period * w.taps());
+        }
+        p_sum.resize((size_t)image.mixture.columns() * pattern.period);
+        p = probabilities ? p_sum.data() : nullptr;
+    }
+    // Image n, from the gradient dy [Ho][Wo][C] of its output; uses the buffers c, d and e, and a. out may be null.
+    void step(int64_t n, const T* dy, Scratch<T>& scratch, T* out) {
+        const int64_t pixels = (int64_t)w.H * w.W;
+        const Rows<T> rows = rows_of(image, n * pixels, pixels, scratch, scratch.a);
+        T* d_image = aligned(scratch.c, pixels * w.C);
+        if (w_sum) {
+            decode(image, pattern, rows, pixels, d_image);
+            T* padded = aligned(scratch.d, w.padded());
+            pad_image(w, d_image, padded);
+            convolve_weight_gradient(w, padded, dy, w_sum);
+        }
+        if (!out && !p) return;
+        convolve_input_gradient(w, dy, taps, scratch.e, d_image);
+        decode_backward(image, pattern, rows, pixels, d_image, p);
+        if (out) gather(image, d_image, pixels, out + n * pixels * image.in());
+    }
+    void fold(double* weight, double* probabilities) const {
+        constexpr int L = Vec<T>::lanes;
+        const int taps = w.taps();
+        if (p) fold_p(image, pattern, p, probabilities);
+        if (w_sum)
+            for (int j = 0; j < pattern.period; j++)
+                for (int k = 0; k < taps; k++)
+                    weight[(size_t)(j % w.C) * taps + k] += w_sum[((size_t)(j / L) * taps + k) * L + j % L];
+    }
+};
+
+// Depthwise convolution of `image`, whose output's gradient is dy: back through it and image's quantiser.
+template <typename T>
+void depthwise_backward(
+    const Source<T>& image, int64_t images, const Window& w, const T* weight, const T* dy, T* out, double* weight_out,
+    double* p_image, int threads) {
+    const int tasks = tasks_of(images), columns = image.mixture.columns();
+    const Pattern<T> pattern(image);
+    const std::vector<T> taps = spread_weight(weight, w.C, w.taps(), w.stride == 1);
+    std::vector<std::vector<double>> p(p_image ? tasks : 0, std::vector<double>(p_image ? image.groups * columns : 0));
+    std::vector<std::vector<double>> weights(
+        weight_out ? tasks : 0, std::vector<double>(weight_out ? (size_t)w.C * w.taps() : 0));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < tasks; t++) {
+        Scratch<T> scratch;
+        DepthwiseBack<T> back(image, pattern, w, taps.data(), weight_out != nullptr, p_image != nullptr);
+        for (int64_t n = bound(images, tasks, t); n < bound(images, tasks, t + 1); n++)
+            back.step(n, dy + n * w.Ho * w.Wo * w.C, scratch, out);
+        back.fold(weight_out ? weights[t].data() : nullptr, p_image ? p[t].data() : nullptr);
+    }
+    add_tasks(p, p_image), add_tasks(weights, weight_out);
+}
+
 // Depthwise convolution of `image` followed by `mid` (its output, quantised) and a 1x1 whose output's gradient is g:
 // dm = matrix^T g + mean + second m, then back through mid's quantiser, the depthwise convolution and image's quantiser.
 template <typename T>
@@ -178,7 +253,7 @@ void separable_backward(
     int64_t images, const Window& w, const T* weight, T* out, double* weight_out, double* p_mid, double* p_image,
     int threads) {
     const int tasks = tasks_of(images), C = w.C, taps = w.taps();
-    const int64_t pixels = (int64_t)w.H * w.W, after = (int64_t)w.Ho * w.Wo;
+    const int64_t after = (int64_t)w.Ho * w.Wo;
     const Pattern<T> mid_pattern(mid), image_pattern(image);
     const std::vector<T> spread_taps = spread_weight(weight, C, taps, w.stride == 1);
     const int mid_columns = mid.mixture.columns(), image_columns = image.mixture.columns();
@@ -187,17 +262,13 @@ void separable_backward(
         p_image ? tasks : 0, std::vector<double>(p_image ? image.groups * image_columns : 0));
     std::vector<std::vector<double>> weights(
         weight_out ? tasks : 0, std::vector<double>(weight_out ? (size_t)C * taps : 0));
-    constexpr int L = Vec<T>::lanes;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
         Scratch<T> scratch;
         std::vector<T> mid_p((size_t)mid_columns * mid_pattern.period);
-        std::vector<T> image_p((size_t)image_columns * image_pattern.period);
-        std::vector<T> w_buffer;
-        T* w_sum = aligned(w_buffer, (int64_t)mid_pattern.period * taps);
-        std::memset(w_sum, 0, sizeof(T) * mid_pattern.period * taps);
+        DepthwiseBack<T> back(
+            image, image_pattern, w, spread_taps.data(), weight_out != nullptr, p_image != nullptr);
         T* dy = aligned(scratch.b, after * C);
-        T* d_image = aligned(scratch.c, pixels * C);
         for (int64_t n = bound(images, tasks, t); n < bound(images, tasks, t + 1); n++) {
             blocks(0, after, [&](int64_t q, int64_t count) {
                 const Rows<T> rows = rows_of(mid, n * after + q, count, scratch, scratch.a);
@@ -210,33 +281,10 @@ void separable_backward(
                 }
                 decode_backward(mid, mid_pattern, rows, count, to, p_mid ? mid_p.data() : nullptr);
             });
-            const Rows<T> rows = rows_of(image, n * pixels, pixels, scratch, scratch.a);
-            if (weight_out) {
-                decode(image, image_pattern, rows, pixels, d_image);
-                T* padded = aligned(scratch.d, w.padded());
-                pad_image(w, d_image, padded);
-                convolve_weight_gradient(w, padded, dy, w_sum);
-            }
-            convolve_input_gradient(w, dy, spread_taps.data(), scratch.e, d_image);
-            decode_backward(image, image_pattern, rows, pixels, d_image, p_image ? image_p.data() : nullptr);
-            T* to = out + n * pixels * image.in();
-            if (!image.shared) {
-                std::memcpy(to, d_image, sizeof(T) * pixels * C);
-            } else {
-                for (int64_t q = 0; q < pixels; q++)
-                    for (int i = 0; i < image.width; i++) {
-                        T sum = 0;
-                        for (int k = 0; k < image.groups; k++) sum += d_image[q * C + k * image.width + i];
-                        to[q * image.width + i] = sum;
-                    }
-            }
+            back.step(n, dy, scratch, out);
         }
         if (p_mid) fold_p(mid, mid_pattern, mid_p.data(), p1[t].data());
-        if (p_image) fold_p(image, image_pattern, image_p.data(), p2[t].data());
-        if (weight_out)
-            for (int j = 0; j < mid_pattern.period; j++)
-                for (int k = 0; k < taps; k++)
-                    weights[t][(size_t)(j % C) * taps + k] += w_sum[((size_t)(j / L) * taps + k) * L + j % L];
+        back.fold(weight_out ? weights[t].data() : nullptr, p_image ? p2[t].data() : nullptr);
     }
     add_tasks(p1, p_mid), add_tasks(p2, p_image), add_tasks(weights, weight_out);
 }
@@ -340,6 +388,12 @@ void fold_normalisation_backward(
     extern "C" void depthwise_##S(                                                                                     \
         const Source<T>* s, int64_t images, const int* w, const T* weight, T* out, int threads) {                      \
         depthwise_forward(*s, images, Window(w[0], w[1], w[2], w[3], w[4], w[5], w[6]), weight, out, threads);         \
+    }                                                                                                                  \
+    extern "C" void depthwise_backward_##S(                                                                            \
+        const Source<T>* s, int64_t images, const int* w, const T* weight, const T* dy, T* out, double* weight_out,    \
+        double* p, int threads) {                                                                                      \
+        depthwise_backward(                                                                                            \
+            *s, images, Window(w[0], w[1], w[2], w[3], w[4], w[5], w[6]), weight, dy, out, weight_out, p, threads);    \
     }                                                                                                                  \
     extern "C" void moments_##S(                                                                                       \
         const Source<T>* s, int64_t images, int64_t pixels, double* mean, double* second, int threads) {               \

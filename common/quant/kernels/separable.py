@@ -51,6 +51,34 @@ def depthwise(image: Operand, window: Window, weight: Tensor) -> Tensor:
     return out
 
 
+def depthwise_backward(
+    image: Operand,
+    window: Window,
+    weight: Tensor,
+    gradient: Tensor,
+    *,
+    images: bool,
+    weights: bool,
+    probabilities: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """From the gradient of `depthwise`: those of what was encoded, of the weight [channels, taps] (float64) and of the
+    probabilities [groups, bits] (float64); None for each that is not asked for.
+    """
+    out = torch.empty(image.shape, dtype=image.dtype) if images else None
+    empty = lambda wanted, *shape: torch.empty(shape, dtype=torch.float64) if wanted else None  # noqa: E731
+    d_weight = empty(weights, image.groups * image.width, window.kernel**2)
+    p_image = empty(probabilities and image.columns, image.groups, image.columns)
+    source = image.source()
+    function("depthwise_backward", image.dtype)(
+        ctypes.byref(source),
+        _INT64(image.shape[0]),
+        window.entry(image),
+        *map(pointer, (weight, gradient, out, d_weight, p_image)),
+        torch.get_num_threads(),
+    )
+    return out, d_weight, p_image
+
+
 def moments(operand: Operand) -> tuple[Tensor, Tensor]:
     """Means over all pixels of m [groups, width] and of m m^T [groups, width, width], float64."""
     batch, height, width, _ = operand.shape
@@ -71,7 +99,8 @@ def moments(operand: Operand) -> tuple[Tensor, Tensor]:
 @dataclass
 class Folded:
     """Normalisation and strength folded into a 1x1: `matrix` [groups, out, in], `by_in` [groups, in, out], `bias`
-    [groups, out]; `mean`, `var` [groups * out] (float64) are the 1x1's statistics, `first`, `second` its input's moments.
+    [groups, out]; `mean`, `var` [groups * out] (float64) are the 1x1's statistics, `first`, `second` the moments of its
+    input.
     """
 
     matrix: Tensor

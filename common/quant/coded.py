@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A convolution of a quantised activation that keeps one byte per element for its backward pass.
+
+Plainly, a quantised convolution saves the quantised activation and the mask of its gradient, and a ReLU before it one
+more tensor. Here ReLU, quantiser (or mixture of quantisers) and convolution are one function: it saves codes
+(`kernels/levels.py`), from which the backward pass makes values and masks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.quant import kernels
+from common.quant.kernels.levels import CODE, INSIDE8, Operand, decode, decode_backward, encode
+from common.quant.kernels.separable import Window, depthwise, depthwise_backward
+from common.quant.quantizers import LOW_BITS, quantize_activation, straight_through
+
+_KERNELS = (1, 3, 5, 7)  # sizes of the native depthwise convolution
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a coded convolution is besides its tensors; `window`: of a depthwise one that the native kernel takes."""
+
+    bits: tuple[int, ...]
+    relu: bool
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    window: Window | None = None
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The plain convolution."""
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+def coded_convolution(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bits: tuple[int, ...],
+    probabilities: Tensor | None = None,
+    maximum: Tensor | None = None,
+    relu: bool = False,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """conv(sum_b p_b Q_b(x), weight) with gradients of any order; x [B, in, H, W] -> [B, out, H', W'].
+
+    Args:
+        x: the activation, before the ReLU if `relu` is true.
+        weight: [out, in / groups, k, k], quantised or mixed already.
+        bits: the bit-widths of x, of HWGQ (1 to 4); 8, unsigned and last, has its range in `maximum` (a scalar).
+        probabilities: [1, bits] (or [bits]); where there is one bit-width, None.
+        relu: whether x is to pass a ReLU first (its gradient is zero at zero, that of HWGQ is not).
+    """
+    layer = _Layer(bits, relu, _pair(stride), _pair(padding), _pair(dilation), groups)
+    if not _takes(x, weight, bits):
+        return _plain(x, weight, layer, probabilities, maximum)
+    if weight.shape[2:] == (1, 1) and layer.padding == (0, 0) and layer.stride != (1, 1):
+        x = x[:, :, :: layer.stride[0], :: layer.stride[1]]  # the other pixels are read by nobody
+        layer = replace(layer, stride=(1, 1))
+    layer = replace(layer, window=_window(x, weight, layer))
+    if probabilities is None:
+        probabilities = x.new_ones(1, 1)
+    probabilities = probabilities.view(1, -1)
+    if not torch.is_grad_enabled():
+        return _Coded.forward(None, x, x, weight, probabilities, maximum, layer)
+    return _Coded.apply(_Anchor.apply(x), x.detach(), weight, probabilities, maximum, layer)
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _takes(x: Tensor, weight: Tensor, bits: tuple[int, ...]) -> bool:
+    """Whether the native kernels can compute it."""
+    low = bits[:-1] if bits[-1] == 8 else bits
+    fits = x.numel() > 0 and x.dtype == weight.dtype and all(b in LOW_BITS for b in low)
+    return fits and kernels.usable(x)
+
+
+def _window(x: Tensor, weight: Tensor, layer: _Layer) -> Window | None:
+    """The geometry for the native depthwise convolution, None where it is not one that it takes."""
+    kernel, reach = weight.shape[2], layer.dilation[0] * (weight.shape[2] - 1)
+    square = all(a == b for a, b in (weight.shape[2:], layer.stride, layer.padding, layer.dilation))
+    is_depthwise = layer.groups == x.shape[1] == weight.shape[0] and layer.groups > 1
+    if not (square and is_depthwise and kernel in _KERNELS and layer.padding[0] <= reach):
+        return None
+    return Window(kernel, layer.stride[0], layer.padding[0], layer.dilation[0])
+
+
+def _plain(x: Tensor, weight: Tensor, layer: _Layer, probabilities: Tensor | None, maximum: Tensor | None) -> Tensor:
+    """The twin: ReLU, quantisers, mixture and convolution one after the other."""
+    x = F.relu(x) if layer.relu else x
+    levels = [quantize_activation(x, b, maximum=maximum if b == 8 else None) for b in layer.bits]
+    if probabilities is None:
+        return layer.convolve(levels[0], weight)
+    weighted = [p * level for p, level in zip(probabilities.reshape(-1), levels, strict=True)]
+    return layer.convolve(sum(weighted[1:], start=weighted[0]), weight)
+
+
+class _Anchor(torch.autograd.Function):
+    """A tensor of x's shape and place in the graph that holds one element, of no meaning, and not x's memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Coded(torch.autograd.Function):
+    """The convolution; saves codes, weight and probabilities. `anchor` receives x's gradient, of any order."""
+
+    @staticmethod
+    def forward(
+        ctx, anchor: Tensor, x: Tensor, weight: Tensor, probabilities: Tensor, maximum: Tensor | None, layer: _Layer
+    ) -> Tensor:
+        operand = encode(_rows(x), layer.bits, maximum, groups=1, relu=layer.relu)
+        operand.probabilities = probabilities.detach().contiguous()
+        if ctx is not None:
+            ctx.save_for_backward(anchor, weight, probabilities, operand.codes, operand.codes8, operand.scale8)
+            ctx.layer, ctx.book = layer, operand.book
+        if layer.window is not None:
+            return _image(depthwise(operand, layer.window, weight.detach().contiguous()))
+        return _convolve(decode(operand), weight.detach(), layer)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+        anchor, weight, probabilities, codes, codes8, scale8 = ctx.saved_tensors
+        operand = Operand(1, codes.shape[3], None, codes, codes8, ctx.book, probabilities.detach().contiguous(), scale8)
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        if torch.is_grad_enabled():
+            found = _differentiable(anchor, weight, probabilities, operand, gradient, ctx.layer, wanted)
+        else:
+            found = _gradients(operand, weight, gradient, ctx.layer, wanted)
+        return found[0], None, found[1], found[2], None, None
+
+
+_Found = tuple[Tensor | None, Tensor | None, Tensor | None]
+_Wanted = tuple[bool, bool, bool]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H, W, C], contiguous."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _image(rows: Tensor) -> Tensor:
+    """[B, H, W, C] -> [B, C, H, W], the same memory."""
+    return rows.permute(0, 3, 1, 2)
+
+
+def _is_pointwise(weight: Tensor, layer: _Layer) -> bool:
+    """A 1x1 that is one matrix product."""
+    return weight.shape[2:] == (1, 1) and layer.groups == 1 and layer.padding == (0, 0) and layer.stride == (1, 1)
+
+
+def _convolve(rows: Tensor, weight: Tensor, layer: _Layer) -> Tensor:
+    if not _is_pointwise(weight, layer):
+        return layer.convolve(_image(rows), weight)
+    return _image(rows @ weight.flatten(1).t())
+
+
+def _gradients(operand: Operand, weight: Tensor, gradient: Tensor, layer: _Layer, wanted: _Wanted) -> _Found:
+    """Gradients of x, weight and probabilities, each where it is wanted."""
+    if layer.window is not None:
+        rows, weights, p = depthwise_backward(
+            operand,
+            layer.window,
+            weight.contiguous(),
+            _rows(gradient),
+            images=wanted[0],
+            weights=wanted[1],
+            probabilities=wanted[2],
+        )
+        weights = None if weights is None else weights.to(weight.dtype).view(weight.shape)
+        p = None if p is None else p.to(weight.dtype)
+        return None if rows is None else _image(rows), weights, p
+    if not _is_pointwise(weight, layer):
+        image, weights, _ = torch.ops.aten.convolution_backward(
+            gradient,
+            _image(decode(operand)),
+            weight,
+            None,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            False,
+            (0, 0),
+            layer.groups,
+            (wanted[0] or wanted[2], wanted[1], False),
+        )
+        d_rows = None if image is None else _rows(image)
+    else:
+        given = _rows(gradient).flatten(0, 2)
+        matrix = weight.flatten(1)
+        weights = (given.t() @ decode(operand).flatten(0, 2)).view(weight.shape) if wanted[1] else None
+        d_rows = (given @ matrix).view(operand.shape) if wanted[0] or wanted[2] else None
+    if d_rows is None:
+        return None, weights, None
+    d_rows, p = decode_backward(operand, d_rows, wanted[2])
+    return _image(d_rows) if wanted[0] else None, weights, p
+
+
+def _differentiable(
+    anchor: Tensor,
+    weight: Tensor,
+    probabilities: Tensor,
+    operand: Operand,
+    gradient: Tensor,
+    layer: _Layer,
+    wanted: _Wanted,
+) -> _Found:
+    """`_gradients` in plain operations, for create_graph."""
+    # views of their own: what the anchor itself depends on must not be counted again
+    tensors = [tensor.view_as(tensor) for tensor in (anchor, weight, probabilities)]
+    place, weight, probabilities = tensors
+    assert operand.codes is not None and operand.book is not None
+    raw, p = _image(operand.codes).int(), probabilities.reshape(-1)
+    code = raw & CODE
+    pairs = [(level[code], mask[code]) for level, mask in zip(operand.book.levels, operand.book.masks, strict=True)]
+    if operand.codes8 is not None:
+        value = _image(operand.codes8).to(place.dtype) * operand.scale8
+        pairs.append((value, (raw & INSIDE8) > 0))
+    mixed = sum(p[k] * straight_through(place, value, mask) for k, (value, mask) in enumerate(pairs))
+    asked = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(layer.convolve(mixed, weight), asked, gradient, create_graph=True))
+    return tuple(next(found) if want else None for want in wanted)
