@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cost import network_cost
+from common.cost import network_cost, trace_layers
 from common.cost.__main__ import cost_of, make_parser
 from common.nets import Network, build_network, build_supernet, load_architecture
 
