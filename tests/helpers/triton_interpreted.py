@@ -26,7 +26,7 @@ def main(source: str, target: str) -> None:
     torch.save([RUNS[case["run"]](case) for case in torch.load(source, weights_only=True)], target)
 
 
-def _primitives(case: dict[str, Any]) -> dict[str, Tensor]:
+def primitives(case: dict[str, Any]) -> dict[str, Tensor]:
     """The kernels one by one, and the mixture where no gradient is recorded."""
     from common.quant.kernels import triton as kernels
 
@@ -99,7 +99,7 @@ def _flat(tensors: Any) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-RUNS = {"primitives": _primitives, "second": _second, "supernet": _supernet}
+RUNS = {"primitives": primitives, "second": _second, "supernet": _supernet}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

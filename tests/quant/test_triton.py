@@ -103,44 +103,70 @@ def code_of(x: Tensor, bits: tuple[int, ...]) -> Tensor:
     return torch.where(x.isnan(), largest + 1, code)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, dict[str, Tensor]]]:
-    """All cases of one call of the kernels, run in one process: starting it costs more than they do."""
+def all_cases() -> list[Case]:
+    """Shapes and types; special values; no pixels; rows that lie apart."""
     cases = [make_case(*s, dtype, "primitives") for s in SHAPES for dtype in (torch.float32, torch.bfloat16)]
     cases.append(make_case(*SHAPES[1], torch.float64, "primitives"))
     for special in (SPECIAL, [*SPECIAL, float("nan")]):  # a NaN spreads to every sum: apart
         case = make_case((2, 4), 3, 2, True, len(special), torch.float32, "primitives")
         case["x"] = torch.tensor(special).unsqueeze(1).repeat(1, 2)
         cases.append(case)
-    cases.append(make_case((2, 4), 2, 4, False, 0, torch.float32, "primitives"))  # no pixels at all
+    cases.append(make_case((2, 4), 2, 4, False, 0, torch.float32, "primitives"))
     sliced = make_case((2, 4), 1, 4, False, 50, torch.float32, "primitives")
-    sliced["x"] = torch.cat([sliced["x"], torch.ones(50, 12)], 1)[:, :4]  # rows lie apart
+    sliced["x"] = torch.cat([sliced["x"], torch.ones(50, 12)], 1)[:, :4]
     assert not sliced["x"].is_contiguous()
-    return list(zip([*cases, sliced], interpret([*cases, sliced], tmp_path_factory.mktemp("triton")), strict=True))
+    return [*cases, sliced]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Case, dict[str, Tensor]]]:
+    """All cases of one call of the kernels, run in one process: starting it costs more than they do."""
+    cases = all_cases()
+    return list(zip(cases, interpret(cases, tmp_path_factory.mktemp("triton")), strict=True))
+
+
+def check_values(case: Case, found: dict[str, Tensor]) -> None:
+    """Assert the mixture and the gradients of one case."""
+    kind = case["x"].dtype
+    work = torch.promote_types(kind, torch.float32)
+    exact = wanted(case, work)
+    # bfloat16 in and out, float32 between: one rounding, which the interpreter makes towards zero. Sums of tiles
+    # take another order.
+    close = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}[kind]
+    summed = 1e-13 if kind == torch.float64 else 2e-5
+    for name, bound in (("values", close), ("x_gradient", close), ("p_gradient", summed)):
+        assert found[name].dtype == (kind if name != "p_gradient" else case["p"].dtype)
+        torch.testing.assert_close(found[name].to(work), exact[name].to(work), rtol=bound, atol=bound, equal_nan=True)
+    assert torch.equal(found["unrecorded"].nan_to_num(9), found["values"].nan_to_num(9))
+
+
+def check_codes(case: Case, found: dict[str, Tensor]) -> None:
+    """Assert the codes of one case, all of them: the interpreter and a card divide exactly."""
+    x = case["x"].to(torch.promote_types(case["x"].dtype, torch.float32))
+    assert found["codes"].dtype == torch.uint8
+    assert torch.equal(found["codes"].long(), code_of(x, case["bits"]))
 
 
 def test_values_and_gradients(results: list[tuple[Case, dict[str, Tensor]]]) -> None:
     for case, found in results:
-        kind = case["x"].dtype
-        work = torch.promote_types(kind, torch.float32)
-        exact = wanted(case, work)
-        # bfloat16 in and out, float32 between: one rounding, which the interpreter makes towards zero. Sums of tiles
-        # take another order.
-        close = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}[kind]
-        summed = 1e-13 if kind == torch.float64 else 2e-5
-        for name, bound in (("values", close), ("x_gradient", close), ("p_gradient", summed)):
-            assert found[name].dtype == (kind if name != "p_gradient" else case["p"].dtype)
-            torch.testing.assert_close(
-                found[name].to(work), exact[name].to(work), rtol=bound, atol=bound, equal_nan=True
-            )
-        assert torch.equal(found["unrecorded"].nan_to_num(9), found["values"].nan_to_num(9))
+        check_values(case, found)
 
 
 def test_codes(results: list[tuple[Case, dict[str, Tensor]]]) -> None:
     for case, found in results:
-        x = case["x"].to(torch.promote_types(case["x"].dtype, torch.float32))
-        assert found["codes"].dtype == torch.uint8
-        assert torch.equal(found["codes"].long(), code_of(x, case["bits"]))
+        check_codes(case, found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_card() -> None:
+    """The same on a GPU, where there is one."""
+    from tests.helpers.triton_interpreted import primitives
+
+    for case in all_cases():
+        on_card = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in case.items()}
+        found = {name: value.cpu() for name, value in primitives(on_card).items()}
+        check_values(case, found)
+        check_codes(case, found)
 
 
 def test_nan_is_seen(results: list[tuple[Case, dict[str, Tensor]]]) -> None:
@@ -194,6 +220,24 @@ def test_the_kernels_are_only_for_gpus() -> None:
     assert layers._gpu_kernels(torch.ones(2, 2)) is None
     with kernels.disabled():
         assert kernels.triton_kernels() is None
+
+
+def test_a_card_that_triton_does_not_serve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The twin computes, and that is said once."""
+    from common.quant import kernels
+    from common.quant.kernels import triton
+
+    def probe() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "probe", probe)
+    kernels._triton.cache_clear()
+    try:
+        assert kernels.triton_kernels() is None and kernels.triton_kernels() is None
+        assert capsys.readouterr().err.count("Failed to find C compiler") == 1
+    finally:
+        kernels._triton.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [80, 90])

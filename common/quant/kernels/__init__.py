@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from types import ModuleType
+
+import torch
 
 from common.quant.kernels import native
 from common.quant.kernels.native import disabled, usable
@@ -13,7 +16,10 @@ __all__ = ["disabled", "triton_kernels", "usable"]
 
 
 def triton_kernels() -> ModuleType | None:
-    """The Triton kernels, for tensors on a GPU; None without Triton or while disabled. The first call imports it."""
+    """The Triton kernels, for tensors on a GPU; None while disabled, or where they do not run (said once).
+
+    The first call imports Triton and tries it on the card, so it must not be inside the capture of a CUDA graph.
+    """
     return _triton() if native._enabled else None
 
 
@@ -21,6 +27,11 @@ def triton_kernels() -> ModuleType | None:
 def _triton() -> ModuleType | None:
     try:
         from common.quant.kernels import triton
-    except ImportError:
+
+        if torch.cuda.is_available():
+            triton.probe()
+    except Exception as error:  # Triton's own kinds, its compilers', the driver's: all of them mean the twin
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"Triton kernels: not available, computing without them (slower): {reason}", file=sys.stderr)
         return None
     return triton

@@ -280,6 +280,17 @@ def _plain_backward(
     return x_gradient.to(gradient.dtype), torch.stack(p_gradients, 1).to(p.dtype)
 
 
+def probe() -> None:
+    """Compile and launch both kernels on the present GPU; raises whatever this machine lacks for that.
+
+    Triton needs a C compiler and Python's headers for its launcher, and a card that its release still serves.
+    """
+    x, p, bits = torch.zeros(1, 4, device="cuda"), torch.full((1, 2), 0.5, device="cuda"), (2, 4)
+    _, codes = mixed_forward(x, p, 4, bits)
+    assert codes is not None
+    mixed_backward(codes, x, p, 4, bits)
+
+
 def mixed(x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
     """sum_b p_b Q_b(x) with gradients of any order; shapes as in `mixed_forward`."""
     if not torch.is_grad_enabled():
