@@ -53,6 +53,21 @@ def plain_convolution(
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
 
 
+def fold_relu(x: Tensor, *convolutions: nn.Module) -> tuple[Tensor, dict[str, bool]]:
+    """What to give convolutions of relu(x): x itself where all of them take a ReLU into their own function, which then
+    keeps less for the backward pass; relu(x) elsewhere.
+    """
+    if all(getattr(conv, "folds_relu", False) for conv in convolutions):
+        return x, {"relu": True}
+    return F.relu(x), {}
+
+
+def relu_conv(conv: nn.Module, x: Tensor) -> Tensor:
+    """The convolution of relu(x)."""
+    x, more = fold_relu(x, conv)
+    return conv(x, **more)
+
+
 class ReLUConvBN(nn.Module):
     """ReLU, convolution, batch normalisation."""
 
@@ -70,7 +85,7 @@ class ReLUConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in, H, W] -> [B, c_out, H, W]."""
-        return self.bn(self.conv(F.relu(x)))
+        return self.bn(relu_conv(self.conv, x))
 
 
 class SepConv(nn.Module):
@@ -94,8 +109,8 @@ class SepConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
-        x = self.bn1(self.pointwise1(self.depthwise1(F.relu(x))))
-        return self.bn2(self.pointwise2(self.depthwise2(F.relu(x))))
+        x = self.bn1(self.pointwise1(relu_conv(self.depthwise1, x)))
+        return self.bn2(self.pointwise2(relu_conv(self.depthwise2, x)))
 
 
 class DilConv(nn.Module):
@@ -118,7 +133,7 @@ class DilConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
-        return self.bn(self.pointwise(self.depthwise(F.relu(x))))
+        return self.bn(self.pointwise(relu_conv(self.depthwise, x)))
 
 
 class FactorizedReduce(nn.Module):
@@ -140,8 +155,8 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in, H, W] -> [B, c_out, H / 2, W / 2], H and W even."""
-        x = F.relu(x)
-        return self.bn(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], 1))
+        x, more = fold_relu(x, self.conv1, self.conv2)
+        return self.bn(torch.cat([self.conv1(x, **more), self.conv2(x[:, :, 1:, 1:], **more)], 1))
 
 
 class FactorizedConv7(nn.Module):
@@ -163,7 +178,7 @@ class FactorizedConv7(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""
-        return self.bn(self.conv2(self.conv1(F.relu(x))))
+        return self.bn(self.conv2(relu_conv(self.conv1, x)))
 
 
 def _skip(conv: ConvFactory, norm: NormFactory, channels: int, stride: int) -> nn.Module:

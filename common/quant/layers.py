@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.quant import kernels
+from common.quant.coded import coded_convolution
 from common.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
     FLOAT_BITS,
     LOW_BITS,
     WEIGHT_QUANTIZERS,
     ZERO,
+    ActivationQuantizer,
     LsqQuantizer,
     RunningMaximum,
     check_bits,
@@ -76,9 +78,32 @@ class QuantConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         attach_quantizers(self, weight_bits, activation_bits, weight_quantizer, activation_quantizer, scheme, signed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in, H, W] -> [B, out, H', W']."""
-        return self._conv_forward(self.quantize_activation(x), self.quantize_weight(self.weight), self.bias)
+    @property
+    def folds_relu(self) -> bool:
+        """Whether a ReLU before it is better left to `forward`: where quantiser and convolution are one function."""
+        quantizer = self.quantize_activation
+        if type(quantizer) is not ActivationQuantizer or quantizer.signed:
+            return False
+        return quantizer.bits in LOW_BITS or (quantizer.bits == 8 and quantizer.scheme == "default")
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """x [B, in, H, W] -> [B, out, H', W']; `relu`: of max(x, 0)."""
+        weight = self.quantize_weight(self.weight)
+        if not self.folds_relu:
+            return self._conv_forward(self.quantize_activation(F.relu(x) if relu else x), weight, self.bias)
+        quantizer = self.quantize_activation
+        out = coded_convolution(
+            x,
+            weight,
+            bits=(quantizer.bits,),
+            maximum=quantizer.range(x) if quantizer.range is not None else None,
+            relu=relu,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
 
 
 class QuantLinear(nn.Linear):
@@ -193,13 +218,14 @@ class MixedActivation(nn.Module):
 
         self.fused = all(b in LOW_BITS for b in bits)
 
-    def levels(self, x: Tensor) -> list[Tensor]:
+    def levels(self, x: Tensor, maximum: Tensor | None = None) -> list[Tensor]:
         """What `mix_levels` takes: Q_b(x) for every bit-width b, each of x's shape [B, groups * c, H, W]; or x itself
-        where quantising and mixing are one function.
+        where quantising and mixing are one function. `maximum`: the range of 8 bits, where it is known already.
         """
         if self.fused:
             return [x]
-        maximum = self.range(x) if self.range is not None else None
+        if maximum is None and self.range is not None:
+            maximum = self.range(x)
         return [self._level(x, b, maximum) for b in self.bits]
 
     def _level(self, x: Tensor, bits: int, maximum: Tensor | None) -> Tensor:
