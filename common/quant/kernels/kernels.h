@@ -11,6 +11,9 @@
 #include <limits>
 #include <numeric>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 constexpr int TABLE = 64;        // entries of a table by code
 constexpr uint8_t CODE = 63;     // the bits of a code that index a table
@@ -124,10 +127,34 @@ static inline vec<T> look_any(const T* table, typename Vec<T>::index code) {
     return out;
 }
 
+// Bytes to indices and back. The compiler's own conversions go element by element.
+#ifdef __AVX512F__
+template <typename T>
+static inline typename Vec<T>::index widen(const uint8_t* p) {
+    if constexpr (sizeof(T) == 4)
+        return (typename Vec<T>::index)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    else
+        return (typename Vec<T>::index)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+}
+template <typename T>
+static inline typename Vec<T>::bytes narrow(typename Vec<T>::index v) {
+    if constexpr (sizeof(T) == 4) {
+        return (typename Vec<T>::bytes)_mm512_cvtepi32_epi8((__m512i)v);
+    } else {
+        const __m128i bytes = _mm512_cvtepi64_epi8((__m512i)v);
+        return *reinterpret_cast<const typename Vec<T>::bytes*>(&bytes);
+    }
+}
+#else
 template <typename T>
 static inline typename Vec<T>::index widen(const uint8_t* p) {
     return __builtin_convertvector(*reinterpret_cast<const typename Vec<T>::bytes*>(p), typename Vec<T>::index);
 }
+template <typename T>
+static inline typename Vec<T>::bytes narrow(typename Vec<T>::index v) {
+    return __builtin_convertvector(v, typename Vec<T>::bytes);
+}
+#endif
 
 // The same codes for every group: [pixels][width] -> [pixels][groups * width].
 template <typename U>
@@ -323,10 +350,10 @@ static void encode(
             q = q < (T)255 ? q : vec<T>{} + (T)255;
             q = (q + round) - round;
             code += ((v > e.zero) & (v <= top)) ? vec<T>{} + (T)INSIDE8 : vec<T>{};
-            const bytes narrow = __builtin_convertvector(__builtin_convertvector(q, index), bytes);
-            std::memcpy(codes8 + f, &narrow, left);
+            const bytes level = narrow<T>(__builtin_convertvector(q, index));
+            std::memcpy(codes8 + f, &level, left);
         }
-        const bytes narrow = __builtin_convertvector(__builtin_convertvector(code, index), bytes);
-        std::memcpy(codes + f, &narrow, left);
+        const bytes packed = narrow<T>(__builtin_convertvector(code, index));
+        std::memcpy(codes + f, &packed, left);
     }
 }
