@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.quant import kernels
+from common.quant.anchor import anchor
 from common.quant.kernels.levels import CODE, INSIDE8, Operand, decode, decode_backward, encode
 from common.quant.kernels.separable import Window, depthwise, depthwise_backward
 from common.quant.quantizers import LOW_BITS, quantize_activation, straight_through
@@ -75,7 +76,7 @@ def coded_convolution(
     probabilities = probabilities.view(1, -1)
     if not torch.is_grad_enabled():
         return _Coded.forward(None, x, x, weight, probabilities, maximum, layer)
-    return _Coded.apply(_Anchor.apply(x), x.detach(), weight, probabilities, maximum, layer)
+    return _Coded.apply(anchor(x), x.detach(), weight, probabilities, maximum, layer)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
@@ -107,18 +108,6 @@ def _plain(x: Tensor, weight: Tensor, layer: _Layer, probabilities: Tensor | Non
         return layer.convolve(levels[0], weight)
     weighted = [p * level for p, level in zip(probabilities.reshape(-1), levels, strict=True)]
     return layer.convolve(sum(weighted[1:], start=weighted[0]), weight)
-
-
-class _Anchor(torch.autograd.Function):
-    """A tensor of x's shape and place in the graph that holds one element, of no meaning, and not x's memory."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.new_empty(()).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient
 
 
 class _Coded(torch.autograd.Function):

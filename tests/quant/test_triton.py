@@ -257,7 +257,7 @@ def launches(kernels: Any) -> list[tuple[str, dict[str, str], dict[str, Any]]]:
     shared = {"C": 6, "BLOCK": 8, "ROWS": 128, "SHARED": True, "TABLE": 64, "WORK": tl.float32}
     steps = {"STEPS": (0.538, 0.185), "TOPS": (1.614, 2.775), "ZERO": 1e-9, "NAN": 22, "SHIFT": 1.5 * 2.0**23}
     tensors = {"codes": "*u8", "p": "*fp32", "levels": "*fp32", "rows": "i32", "groups": "i32"}
-    forward = {**tensors, "x": "*bf16", "out": "*bf16", "stride": "i32"}
+    forward = {**tensors, "x": "*bf16", "out": "*bf16"}
     backward = {**tensors, "gradient": "*bf16", "x_gradient": "*bf16", "partial": "*fp32"}
     return [
         ("_forward_kernel", forward, {**shared, **steps, "STORE": True}),

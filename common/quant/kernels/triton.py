@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.quant.anchor import anchor
 from common.quant.kernels.levels import TABLE, codebook
 from common.quant.quantizers import HWGQ_STEP, LOW_BITS, ZERO, hwgq_bound, straight_through
 
@@ -57,7 +58,6 @@ def _forward_kernel(
     out,
     rows,
     groups,
-    stride,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,13 +76,13 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < C)
     if SHARED:
-        value = tl.load(x + row * stride + column, inside, other=0.0).to(WORK)
+        value = tl.load(x + row * C + column, inside, other=0.0).to(WORK)
         code = _encode_tile(value, STEPS, TOPS, ZERO, NAN, SHIFT)
         if STORE:
             tl.store(codes + row * C + column, code.to(tl.uint8), inside)
     for group in range(groups):
         if not SHARED:
-            value = tl.load(x + row * stride + group * C + column, inside, other=0.0).to(WORK)
+            value = tl.load(x + row * (C * groups) + group * C + column, inside, other=0.0).to(WORK)
             code = _encode_tile(value, STEPS, TOPS, ZERO, NAN, SHIFT)
             if STORE:
                 tl.store(codes + row * (C * groups) + group * C + column, code.to(tl.uint8), inside)
@@ -162,7 +162,7 @@ def mixed_forward(
     type; codes uint8 of x's shape.
     """
     assert bits and all(b in LOW_BITS for b in bits), "only the widths of HWGQ's fixed grid have codes"
-    x, p = (x if x.stride(1) == 1 else x.contiguous()), p.detach().contiguous()
+    x, p = x.contiguous(), p.detach().contiguous()
     rows, groups = x.shape[0], p.shape[0]
     out = torch.empty(rows, groups * channels, dtype=x.dtype, device=x.device)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device) if keep else None
@@ -178,7 +178,6 @@ def mixed_forward(
                 out,
                 rows,
                 groups,
-                x.stride(0),
                 channels,
                 **tile,
                 STEPS=tuple(HWGQ_STEP[b] for b in bits),
@@ -226,49 +225,37 @@ def mixed_backward(
     return x_gradient, partial.sum(0).to(p.dtype)
 
 
-class _Anchor(torch.autograd.Function):
-    """A tensor of x's shape and place in the graph that holds one element, of no meaning, and not x's memory."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.new_empty(()).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient
-
-
 class _Mixed(torch.autograd.Function):
-    """The mixture; saves codes (one byte an element) and p. `anchor` receives x's gradient, of any order."""
+    """The mixture; saves codes (one byte an element) and p. `place` receives x's gradient, of any order."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
+    def forward(ctx, place: Tensor, x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
         keep = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         mixed, codes = mixed_forward(x, p, channels, bits, keep)
         if keep:
-            ctx.save_for_backward(anchor, codes, p)
+            ctx.save_for_backward(place, codes, p)
         ctx.channels, ctx.bits = channels, bits
         return mixed
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
-        anchor, codes, p = ctx.saved_tensors
+        place, codes, p = ctx.saved_tensors
         if torch.is_grad_enabled():
-            x_gradient, p_gradient = _plain_backward(anchor, codes, gradient, p, ctx.bits)
+            x_gradient, p_gradient = _plain_backward(place, codes, gradient, p, ctx.bits)
         else:
             x_gradient, p_gradient = mixed_backward(codes, gradient, p, ctx.channels, ctx.bits)
         return x_gradient, None, p_gradient, None, None
 
 
 def _plain_backward(
-    anchor: Tensor, codes: Tensor, gradient: Tensor, p: Tensor, bits: tuple[int, ...]
+    place: Tensor, codes: Tensor, gradient: Tensor, p: Tensor, bits: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """`mixed_backward` in plain differentiable operations, for create_graph."""
     work = torch.promote_types(gradient.dtype, torch.float32)
     channels = gradient.shape[1] // p.shape[0]
     split = codes.unflatten(1, (-1, channels))  # [N, groups or 1, c]
     given = gradient.to(work).unflatten(1, (-1, channels))
-    place, index = anchor.to(work).view_as(split), split.long()
+    place, index = place.to(work).view_as(split), split.long()
     table = codebook(bits, work, codes.device).levels
     x_gradient, p_gradients = torch.zeros_like(given), []
     for position, last in enumerate(last_codes(bits)):
@@ -295,4 +282,4 @@ def mixed(x: Tensor, p: Tensor, channels: int, bits: tuple[int, ...]) -> Tensor:
     """sum_b p_b Q_b(x) with gradients of any order; shapes as in `mixed_forward`."""
     if not torch.is_grad_enabled():
         return mixed_forward(x, p, channels, bits, keep=False)[0]
-    return _Mixed.apply(_Anchor.apply(x), x.detach(), p, channels, bits)
+    return _Mixed.apply(anchor(x), x.detach(), p, channels, bits)
