@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import pickle
-import platform
 import resource
 import sys
 import tempfile
@@ -31,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks import measuring
 from common.data import DatasetInfo, Split, Stream, load, locate
 
 MEAN, STD = (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.smoke:
         args.batch_size, args.images, args.repeats = 32, 256, 1
-    load_before = os.getloadavg()[0]
+    where = measuring.machine()  # before the workers make a load of their own
     with tempfile.TemporaryDirectory() as scratch:
         dataset, source = _dataset(args.data, Path(scratch), 512 if args.smoke else 50_000)
     figures = _measure(dataset, args.batch_size, args.images, args.repeats)
@@ -61,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         "n": args.repeats,
         **figures,
         "goal": GOAL,
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load_before": round(load_before, 2)},
-        "versions": _versions(),
+        "machine": where,
+        "versions": measuring.versions("torchvision"),
     }
     print(_table(result))
     if args.output:
@@ -157,22 +156,6 @@ def _cpu_seconds() -> float:
     """CPU seconds of this process and of its ended children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _versions() -> dict[str, str]:
-    import torchvision
-
-    python = platform.python_version()
-    return {"python": python, "torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
 def _table(result: dict[str, Any]) -> str:

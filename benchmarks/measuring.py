@@ -20,9 +20,13 @@ from statistics import median
 from typing import IO, Any, Self
 from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.quant.kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,8 +39,8 @@ _READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "mask
 class OperationCounter(TorchDispatchMode):
     """Counts what reaches the dispatcher below autograd while it is entered, in forward and backward.
 
-    `leaves`: operators that compute (no views); `views`; `syncs`: those that the host waits for.
-    Compiled kernels that are called past the dispatcher are counted where their room counts them (`native`).
+    `leaves`: operators that compute (no views), and every call of a compiled kernel of our own, which goes past the
+    dispatcher ("native ..."); `views`; `syncs`: operators that the host waits for.
     """
 
     def __init__(self) -> None:
@@ -56,8 +60,13 @@ class OperationCounter(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         for name in ("tolist", "numpy"):
-            self._patches.append(patch.object(Tensor, name, self._counting(name, getattr(Tensor, name))))
-            self._patches[-1].start()
+            counting = self.counting(self.syncs, name, getattr(Tensor, name))
+            self._patches.append(patch.object(Tensor, name, counting))
+        library = native.library()
+        if library is not None:
+            self._patches.append(patch.object(native, "library", lambda: _Library(library, self)))
+        for change in self._patches:
+            change.start()
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -65,12 +74,23 @@ class OperationCounter(TorchDispatchMode):
         while self._patches:
             self._patches.pop().stop()
 
-    def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.syncs[name] += 1
-            return original(tensor, *args, **kwargs)
+    @staticmethod
+    def counting(counts: Counter[str], name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
 
         return counted
+
+
+class _Library:
+    """The compiled kernels, every call of which is a leaf of the counter."""
+
+    def __init__(self, library: Any, counter: OperationCounter) -> None:
+        self._library, self._counter = library, counter
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return self._counter.counting(self._counter.leaves, f"native {name}", getattr(self._library, name))
 
 
 class SavedBytes:
@@ -152,14 +172,6 @@ def cpu_seconds_of(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def wall_seconds_of(work: Callable[[], object]) -> float:
-    """Wall seconds of `work`."""
-    gc.collect()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def peak_mebibytes_of(work: Callable[[], object]) -> float:
     """Peak resident memory of `work` over what was resident before it, in MiB (0 where the kernel does not tell).
 
@@ -229,6 +241,51 @@ def serve(answers: dict[str, Callable[[], Any]]) -> None:
     for line in sys.stdin:
         out.write(json.dumps(answers[line.strip()]()) + "\n")
         out.flush()
+
+
+def answers(side: Any, steps: Sequence[str], full: Any, small: Any) -> dict[str, Callable[[], Any]]:
+    """What a worker is asked for. `side` has a `model`, `take(batches)` and the methods `steps`.
+
+    "memory": peak MiB of the first full round of all steps; "time": CPU seconds of each step; "saved": MiB that
+    autograd holds at most in each; "count": operations of each, on `small` batches.
+    """
+
+    def whole() -> None:
+        for step in steps:
+            getattr(side, step)()
+
+    side.take(small)
+    whole()  # libraries, kernels and optimiser states are there before memory is measured
+    side.take(full)
+    return {
+        "memory": lambda: peak_mebibytes_of(whole),
+        "time": lambda: {step: cpu_seconds_of(getattr(side, step)) for step in steps},
+        "saved": lambda: {step: _saved(side, step) for step in steps},
+        "count": lambda: _counted(side, steps, full, small),
+    }
+
+
+def _saved(side: Any, step: str) -> float:
+    with SavedBytes(side.model).counting() as held:
+        getattr(side, step)()
+    return held.peak / MIB
+
+
+def _counted(side: Any, steps: Sequence[str], full: Any, small: Any) -> dict[str, Any]:
+    side.take(small)
+    counts = {}
+    for step in steps:
+        with counting_nodes() as nodes, OperationCounter() as counter:
+            getattr(side, step)()
+        counts[step] = {
+            "leaf_ops": counter.leaves.total(),
+            "views": counter.views.total(),
+            "nodes": sum(nodes),
+            "syncs": counter.syncs.total(),
+            "most": dict(counter.leaves.most_common(12)),
+        }
+    side.take(full)
+    return counts
 
 
 def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:

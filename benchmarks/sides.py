@@ -164,12 +164,6 @@ def build_side(name: str, setting: Setting) -> Side:
     return FusedSide(setting) if name == "fused" else PlainSide(setting, tuned=name == "plain-tuned")
 
 
-def iteration(side: Side) -> None:
-    """A whole iteration: the architecture step, then the weight step."""
-    side.architecture_step()
-    side.weight_step()
-
-
 def augmented_stream(setting: Setting, images: int) -> Stream:
     """The production stream over random resident images, cropped and mirrored as CIFAR-10 is."""
     size = setting.image_size

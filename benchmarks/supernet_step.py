@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import measuring
-from benchmarks.sides import SIDES, Setting, augmented_stream, build_side, iteration
+from benchmarks.sides import SIDES, Setting, augmented_stream, build_side
 
 SMOKE = {"batch_size": 2, "init_channels": 8, "layers": 3, "image_size": 16, "repeats": 1}
 STEPS = ("architecture_step", "weight_step")
@@ -99,10 +99,11 @@ def compare(args: argparse.Namespace, ours: measuring.Worker, theirs: measuring.
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for repeat in range(args.repeats):
         for name in names if repeat % 2 == 0 else names[::-1]:
-            rows[name].append(sides[name].ask("time"))
+            seconds = sides[name].ask("time")
+            rows[name].append({**seconds, "iteration": sum(seconds.values())})
     for name, side in sides.items():
         timed = measuring.medians(rows[name])
-        figures[name] |= {**timed, "runs": rows[name], **side.ask("count"), "saved_mib": side.ask("saved")}
+        figures[name] |= {**timed, "runs": rows[name], "counts": side.ask("count"), "saved_mib": side.ask("saved")}
     share = ours.ask("data") / figures["fused"]["iteration"]
     return {
         "schema": 1,
@@ -164,52 +165,9 @@ def serve(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     setting = setting_of(args)
     side = build_side(args.worker, setting)
-    side.take(setting.batches(batch_size=2))
-    iteration(side)  # libraries, kernels and optimiser states are there before memory is measured
-    side.take(setting.batches())
-    measuring.serve(
-        {
-            "memory": lambda: measuring.peak_mebibytes_of(lambda: iteration(side)),
-            "time": lambda: timed(side),
-            "count": lambda: counted(side, setting),
-            "saved": lambda: saved(side),
-            "data": lambda: data_seconds(setting),
-        }
-    )
-
-
-def timed(side: Any) -> dict[str, float]:
-    """CPU seconds of both steps and of the iteration that they are."""
-    seconds = {step: measuring.cpu_seconds_of(getattr(side, step)) for step in STEPS}
-    return {**seconds, "iteration": sum(seconds.values())}
-
-
-def counted(side: Any, setting: Setting) -> dict[str, Any]:
-    """Leaf operations, views, host syncs and autograd nodes of each step, at batch 2."""
-    side.take(replace(setting, batch_size=2).batches())
-    counts = {}
-    for step in STEPS:
-        with measuring.counting_nodes() as nodes, measuring.OperationCounter() as counter:
-            getattr(side, step)()
-        counts[step] = {
-            "leaf_ops": counter.leaves.total(),
-            "views": counter.views.total(),
-            "nodes": sum(nodes),
-            "syncs": counter.syncs.total(),
-            "most": dict(counter.leaves.most_common(12)),
-        }
-    side.take(setting.batches())
-    return {"counts": counts}
-
-
-def saved(side: Any) -> dict[str, float]:
-    """MiB that autograd holds at most in each step."""
-    found = {}
-    for step in STEPS:
-        with measuring.SavedBytes(side.model).counting() as saved_bytes:
-            getattr(side, step)()
-        found[step] = saved_bytes.peak / measuring.MIB
-    return found
+    small = replace(setting, batch_size=2).batches()
+    known = measuring.answers(side, STEPS, setting.batches(), small)
+    measuring.serve({**known, "data": lambda: data_seconds(setting)})
 
 
 def data_seconds(setting: Setting, images: int = 10_000) -> float:

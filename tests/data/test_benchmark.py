@@ -16,7 +16,7 @@ def test_smoke(root: Path, tmp_path: Path) -> None:
     assert "512 random images" in done.stdout and "| ratio (goal 10) |" in done.stdout
     result = json.loads(output.read_text())
     assert result["n"] == 1 and result["resident"]["images_per_second"] > 0
-    assert result["ratio"] > 0 and result["hardware"]["cores"] >= 1 and "torch" in result["versions"]
+    assert result["ratio"] > 0 and result["machine"]["cores"] >= 1 and "torch" in result["versions"]
 
 
 def test_a_folder_without_cifar_is_named(root: Path, tmp_path: Path) -> None:
