@@ -15,7 +15,9 @@ logs and checkpoints. Needs a CUDA device.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -138,14 +140,13 @@ def timed(name: str, side: Side) -> dict[str, float]:
 
 def seconds_of(name: str, work: Callable[[], object]) -> float:
     """Wall seconds of `work`, the device idle before and after."""
-
-    def done() -> None:
-        work()
-        synchronize()
-
+    gc.collect()
     with kernels_of(name):
         synchronize()
-        return measuring.wall_seconds_of(done)
+        start = time.perf_counter()
+        work()
+        synchronize()
+        return time.perf_counter() - start
 
 
 def synchronize() -> None:
