@@ -28,18 +28,49 @@ struct Window {
     int taps() const { return kernel * kernel; }
 };
 
+// The padded layout of an image [H][W][C] whose row y is written by fill(y, to); zeros around. Stride 1.
+template <typename T, typename Fill>
+static void pad_rows(const Window& w, T* padded, Fill fill) {
+    const int64_t length = w.row_length(), left = (int64_t)w.pad * w.C, inner = (int64_t)w.W * w.C;
+    std::memset(padded, 0, sizeof(T) * w.pad * length);
+    for (int y = 0; y < w.H; y++) {
+        T* row = padded + (y + w.pad) * length;
+        std::memset(row, 0, sizeof(T) * left);
+        fill(y, row + left);
+        std::memset(row + left + inner, 0, sizeof(T) * (length - left - inner));
+    }
+    std::memset(padded + (w.H + w.pad) * length, 0, sizeof(T) * (w.rows - w.H - w.pad) * length);
+}
+
 // image [H][W][C] into the padded layout (zeros around).
 template <typename T>
 static void pad_image(const Window& w, const T* image, T* padded) {
+    const int64_t inner = (int64_t)w.W * w.C;
+    if (w.stride == 1)
+        return pad_rows(w, padded, [&](int y, T* to) { std::memcpy(to, image + y * inner, sizeof(T) * inner); });
     std::memset(padded, 0, sizeof(T) * w.padded());
-    for (int y = 0; y < w.H; y++) {
-        const T* row = image + (int64_t)y * w.W * w.C;
-        if (w.stride == 1)
-            std::memcpy(padded + w.place(y + w.pad, w.pad), row, sizeof(T) * w.W * w.C);
-        else
-            for (int x = 0; x < w.W; x++)
-                std::memcpy(padded + w.place(y + w.pad, x + w.pad), row + (int64_t)x * w.C, sizeof(T) * w.C);
+    for (int y = 0; y < w.H; y++)
+        for (int x = 0; x < w.W; x++)
+            std::memcpy(padded + w.place(y + w.pad, x + w.pad), image + y * inner + (int64_t)x * w.C, sizeof(T) * w.C);
+}
+
+// The decoded image in the padded layout; `buffer` is for an image where the stride is not 1.
+template <typename T>
+static void decode_padded(
+    const Window& w, const Source<T>& s, const Pattern<T>& pattern, const Rows<T>& r, std::vector<T>& buffer,
+    T* padded) {
+    const int64_t inner = (int64_t)w.W * w.C;
+    if (w.stride != 1) {
+        T* image = aligned(buffer, w.H * inner);
+        decode(s, pattern, r, (int64_t)w.H * w.W, image);
+        return pad_image(w, image, padded);
     }
+    pad_rows(w, padded, [&](int y, T* to) {
+        const int64_t at = y * inner;
+        const Rows<T> row{r.floats ? r.floats + at : nullptr, r.codes ? r.codes + at : nullptr,
+                          r.codes8 ? r.codes8 + at : nullptr};
+        decode(s, pattern, row, w.W, to);
+    });
 }
 
 template <typename T>
@@ -72,14 +103,15 @@ static void convolve_rows(const Window& w, const T* padded, const T* weight, T* 
         for (int d = 0; d < K; d++) from[d] = padded + w.tap(y, d, 0), shift[d] = w.tap(0, 0, d);
         T* to = out + (int64_t)y * length;
         for (int v = 0; v < period / L; v++) {
-            const T* taps_here = weight + (size_t)v * taps * L;
+            vec<T> tap[K * K];  // read once: the compiler cannot know that `out` is no weight
+            for (int t = 0; t < taps; t++) tap[t] = load(weight + ((size_t)v * taps + t) * L);
             for (int j = v * L; j + L <= length; j += period) {
                 vec<T> sum = vec<T>{}, other = vec<T>{};
 #pragma GCC unroll 7
                 for (int dy = 0; dy < K; dy++)
 #pragma GCC unroll 7
                     for (int dx = 0; dx < K; dx++) {
-                        const vec<T> term = load(from[dy] + shift[dx] + j) * load(taps_here + (dy * K + dx) * L);
+                        const vec<T> term = load(from[dy] + shift[dx] + j) * tap[dy * K + dx];
                         if ((dy * K + dx) % 2) other += term; else sum += term;
                     }
                 store(to + j, sum + other);

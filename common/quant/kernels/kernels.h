@@ -93,8 +93,18 @@ struct Pattern {
     std::vector<T> weight;  // [columns][period]
     std::vector<T> step8;   // [period]: p8 x scale8
     std::vector<T> scale8;  // [period]
+    bool one_table;         // one group without 8 bits: value and mask are functions of the code alone
+    T values[TABLE], masks[TABLE];
     Pattern(const Source<T>& s) {
         const int C = s.channels();
+        one_table = !s.floats && s.groups == 1 && !s.mixture.scale8 && s.mixture.codes <= 32;
+        for (int code = 0; code < 32 && one_table; code++) {
+            values[code] = masks[code] = 0;
+            for (int b = 0; b < s.mixture.bits; b++) {
+                values[code] += s.mixture.p[b] * s.mixture.levels[b * TABLE + code];
+                masks[code] += s.mixture.p[b] * s.mixture.masks[b * TABLE + code];
+            }
+        }
         period = std::lcm(C, Vec<T>::lanes);
         columns = s.floats ? 0 : s.mixture.columns();
         weight.resize((size_t)columns * period);
@@ -120,6 +130,21 @@ static inline vec<double> look(const double* table, Vec<double>::index code) {
     for (int l = 0; l < 8; l++) out[l] = table[code[l]];
     return out;
 }
+// The same of a table that stays in registers.
+template <typename T>
+struct Look;
+template <>
+struct Look<float> {
+    const vec<float> low, high;
+    Look(const float* table) : low(load(table)), high(load(table + 16)) {}
+    vec<float> operator()(Vec<float>::index code) const { return __builtin_shuffle(low, high, code); }
+};
+template <>
+struct Look<double> {
+    const double* table;
+    Look(const double* table) : table(table) {}
+    vec<double> operator()(Vec<double>::index code) const { return look(table, code); }
+};
 template <typename T>
 static inline vec<T> look_any(const T* table, typename Vec<T>::index code) {
     vec<T> out;
@@ -168,6 +193,11 @@ template <typename T>
 struct Scratch {
     std::vector<uint8_t> codes, codes8;
     std::vector<T> a, b, c, d, e;
+    // Kept by the thread: growing a buffer fills it with zeros, which costs as much as using it.
+    static Scratch& of_thread() {
+        static thread_local Scratch scratch;
+        return scratch;
+    }
 };
 
 // A source's pixels from `first` on, one row of codes per pixel and channel whether shared or not.
@@ -218,6 +248,10 @@ static void decode(const Source<T>& s, const Pattern<T>& pattern, const Rows<T>&
     const int period = pattern.period;
     const bool small = m.codes <= 32;
     int64_t f = 0;
+    if (pattern.one_table) {
+        const Look<T> values(pattern.values);
+        for (; f + L <= total; f += L) store(out + f, values(widen<T>(r.codes + f)));
+    }
     for (int at = 0; f + L <= total; f += L, at = at + L == period ? 0 : at + L) {
         const auto code = widen<T>(r.codes + f) & (int)CODE;
         vec<T> value = vec<T>{};
@@ -239,22 +273,28 @@ static void decode(const Source<T>& s, const Pattern<T>& pattern, const Rows<T>&
     }
 }
 
-// d, the gradient of the decoded rows, becomes in place that of what was encoded. p_sum [columns][period] receives the
-// sums of d x Q_b by place in the pattern, where it is not null.
+// From d, the gradient of the decoded rows, that of what was encoded; `out` may be d. p_sum [columns][period] receives
+// the sums of d x Q_b by place in the pattern, where it is not null.
 template <typename T>
 static void decode_backward(
-    const Source<T>& s, const Pattern<T>& pattern, const Rows<T>& r, int64_t pixels, T* d, T* p_sum) {
+    const Source<T>& s, const Pattern<T>& pattern, const Rows<T>& r, int64_t pixels, const T* d, T* out, T* p_sum) {
     constexpr int L = Vec<T>::lanes;
     const int64_t total = pixels * s.channels();
     if (r.floats) {
         if (s.relu)
-            for (int64_t f = 0; f < total; f++) d[f] = r.floats[f] > 0 ? d[f] : (T)0;
+            for (int64_t f = 0; f < total; f++) out[f] = r.floats[f] > 0 ? d[f] : (T)0;
+        else if (out != d)
+            std::memcpy(out, d, sizeof(T) * total);
         return;
     }
     const Mixture<T>& m = s.mixture;
     const int period = pattern.period;
     const bool small = m.codes <= 32;
     int64_t f = 0;
+    if (pattern.one_table && !p_sum) {
+        const Look<T> masks(pattern.masks);
+        for (; f + L <= total; f += L) store(out + f, load(d + f) * masks(widen<T>(r.codes + f)));
+    }
     for (int at = 0; f + L <= total; f += L, at = at + L == period ? 0 : at + L) {
         const auto raw = widen<T>(r.codes + f);
         const auto code = raw & (int)CODE;
@@ -278,7 +318,7 @@ static void decode_backward(
                 store(sum, load(sum) + gradient * level);
             }
         }
-        store(d + f, gradient * factor);
+        store(out + f, gradient * factor);
     }
     for (; f < total; f++) {
         const int at = f % period, code = r.codes[f] & CODE;
@@ -291,7 +331,7 @@ static void decode_backward(
             if (r.codes[f] & INSIDE8) factor += pattern.weight[(size_t)m.bits * period + at];
             if (p_sum) p_sum[(size_t)m.bits * period + at] += d[f] * pattern.scale8[at] * (T)r.codes8[f];
         }
-        d[f] *= factor;
+        out[f] = d[f] * factor;
     }
 }
 

@@ -46,21 +46,17 @@ void decode_all(const Source<T>& s, int64_t images, int64_t pixels, T* out, int 
     const Pattern<T> pattern(s);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
-        Scratch<T> scratch;
+        Scratch<T>& scratch = Scratch<T>::of_thread();
         blocks(bound(images, tasks, t) * pixels, bound(images, tasks, t + 1) * pixels, [&](int64_t p, int64_t n) {
             decode(s, pattern, rows_of(s, p, n, scratch, scratch.a), n, out + p * s.channels());
         });
     }
 }
 
-// Gradients d [pixels][channels] of what a source decodes to, as those of what it stores: [pixels][in].
+// Gradients d [pixels][channels] of what a shared source decodes to, as those of what it stores: [pixels][width].
 template <typename T>
 void gather(const Source<T>& s, const T* d, int64_t pixels, T* out) {
     const int C = s.channels();
-    if (!s.shared) {
-        std::memcpy(out, d, sizeof(T) * pixels * C);
-        return;
-    }
     for (int64_t q = 0; q < pixels; q++)
         for (int i = 0; i < s.width; i++) {
             T sum = 0;
@@ -78,13 +74,14 @@ void decode_backward_all(
     std::vector<std::vector<double>> parts(p ? tasks : 0, std::vector<double>(p ? s.groups * columns : 0));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
-        Scratch<T> scratch;
+        Scratch<T>& scratch = Scratch<T>::of_thread();
         std::vector<T> p_sum((size_t)columns * pattern.period);
         blocks(bound(images, tasks, t) * pixels, bound(images, tasks, t + 1) * pixels, [&](int64_t first, int64_t n) {
-            T* rows = aligned(scratch.b, n * C);
-            std::memcpy(rows, d + first * C, sizeof(T) * n * C);
-            decode_backward(s, pattern, rows_of(s, first, n, scratch, scratch.a), n, rows, p ? p_sum.data() : nullptr);
-            gather(s, rows, n, out + first * s.in());
+            T* to = out + first * s.in();
+            T* rows = s.shared ? aligned(scratch.b, n * C) : to;
+            const Rows<T> r = rows_of(s, first, n, scratch, scratch.a);
+            decode_backward(s, pattern, r, n, d + first * C, rows, p ? p_sum.data() : nullptr);
+            if (s.shared) gather(s, rows, n, to);
         });
         if (p) fold_p(s, pattern, p_sum.data(), parts[t].data());
     }
@@ -100,12 +97,10 @@ void depthwise_forward(
     const std::vector<T> taps = spread_weight(weight, w.C, w.taps(), false);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
-        Scratch<T> scratch;
-        T* image = aligned(scratch.b, pixels * w.C);
+        Scratch<T>& scratch = Scratch<T>::of_thread();
         T* padded = aligned(scratch.c, w.padded());
         for (int64_t n = bound(images, tasks, t); n < bound(images, tasks, t + 1); n++) {
-            decode(s, pattern, rows_of(s, n * pixels, pixels, scratch, scratch.a), pixels, image);
-            pad_image(w, image, padded);
+            decode_padded(w, s, pattern, rows_of(s, n * pixels, pixels, scratch, scratch.a), scratch.b, padded);
             convolve(w, padded, taps.data(), out + n * w.Ho * w.Wo * w.C);
         }
     }
@@ -119,7 +114,7 @@ void moments(const Source<T>& s, int64_t images, int64_t pixels, double* mean, d
     std::vector<std::vector<double>> means(tasks, std::vector<double>(C)), seconds(tasks, std::vector<double>(square));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
-        Scratch<T> scratch;
+        Scratch<T>& scratch = Scratch<T>::of_thread();
         std::vector<T> sum(C), products(square);
         blocks(bound(images, tasks, t) * pixels, bound(images, tasks, t + 1) * pixels, [&](int64_t p, int64_t n) {
             T* m = aligned(scratch.b, n * C);
@@ -144,7 +139,7 @@ void pointwise_forward(
     const Pattern<T> pattern(s);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
-        Scratch<T> scratch;
+        Scratch<T>& scratch = Scratch<T>::of_thread();
         blocks(bound(images, tasks, t) * pixels, bound(images, tasks, t + 1) * pixels, [&](int64_t p, int64_t n) {
             T* m = aligned(scratch.b, n * C);
             decode(s, pattern, rows_of(s, p, n, scratch, scratch.a), n, m);
@@ -162,7 +157,7 @@ void pointwise_sums(
     std::vector<std::vector<double>> sums(tasks, std::vector<double>(C)), squares(tasks, std::vector<double>(square));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
-        Scratch<T> scratch;
+        Scratch<T>& scratch = Scratch<T>::of_thread();
         std::vector<T> part(C), outer_part(square);
         blocks(bound(images, tasks, t) * pixels, bound(images, tasks, t + 1) * pixels, [&](int64_t p, int64_t n) {
             T* m = aligned(scratch.b, n * C);
@@ -200,17 +195,17 @@ struct DepthwiseBack {
     void step(int64_t n, const T* dy, Scratch<T>& scratch, T* out) {
         const int64_t pixels = (int64_t)w.H * w.W;
         const Rows<T> rows = rows_of(image, n * pixels, pixels, scratch, scratch.a);
-        T* d_image = aligned(scratch.c, pixels * w.C);
         if (w_sum) {
-            decode(image, pattern, rows, pixels, d_image);
             T* padded = aligned(scratch.d, w.padded());
-            pad_image(w, d_image, padded);
+            decode_padded(w, image, pattern, rows, scratch.c, padded);
             convolve_weight_gradient(w, padded, dy, w_sum);
         }
         if (!out && !p) return;
+        T* to = out ? out + n * pixels * image.in() : nullptr;
+        T* d_image = to && !image.shared ? to : aligned(scratch.c, pixels * w.C);
         convolve_input_gradient(w, dy, taps, scratch.e, d_image);
-        decode_backward(image, pattern, rows, pixels, d_image, p);
-        if (out) gather(image, d_image, pixels, out + n * pixels * image.in());
+        decode_backward(image, pattern, rows, pixels, d_image, d_image, p);
+        if (to && image.shared) gather(image, d_image, pixels, to);
     }
     void fold(double* weight, double* probabilities) const {
         constexpr int L = Vec<T>::lanes;
@@ -236,7 +231,7 @@ void depthwise_backward(
         weight_out ? tasks : 0, std::vector<double>(weight_out ? (size_t)w.C * w.taps() : 0));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
-        Scratch<T> scratch;
+        Scratch<T>& scratch = Scratch<T>::of_thread();
         DepthwiseBack<T> back(image, pattern, w, taps.data(), weight_out != nullptr, p_image != nullptr);
         for (int64_t n = bound(images, tasks, t); n < bound(images, tasks, t + 1); n++)
             back.step(n, dy + n * w.Ho * w.Wo * w.C, scratch, out);
@@ -264,7 +259,7 @@ void separable_backward(
         weight_out ? tasks : 0, std::vector<double>(weight_out ? (size_t)C * taps : 0));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
-        Scratch<T> scratch;
+        Scratch<T>& scratch = Scratch<T>::of_thread();
         std::vector<T> mid_p((size_t)mid_columns * mid_pattern.period);
         DepthwiseBack<T> back(
             image, image_pattern, w, spread_taps.data(), weight_out != nullptr, p_image != nullptr);
@@ -279,7 +274,7 @@ void separable_backward(
                     decode(mid, mid_pattern, rows, count, m);
                     multiply(m, second, (const T*)nullptr, mid.groups, mid.width, count, true, to);
                 }
-                decode_backward(mid, mid_pattern, rows, count, to, p_mid ? mid_p.data() : nullptr);
+                decode_backward(mid, mid_pattern, rows, count, to, to, p_mid ? mid_p.data() : nullptr);
             });
             back.step(n, dy, scratch, out);
         }
