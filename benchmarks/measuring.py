@@ -279,6 +279,7 @@ def _counted(side: Any, steps: Sequence[str], full: Any, small: Any) -> dict[str
             getattr(side, step)()
         counts[step] = {
             "leaf_ops": counter.leaves.total(),
+            "allocations": sum(n for name, n in counter.leaves.items() if "empty" in name),
             "views": counter.views.total(),
             "nodes": sum(nodes),
             "syncs": counter.syncs.total(),
