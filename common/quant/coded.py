@@ -124,7 +124,7 @@ class _Coded(torch.autograd.Function):
             ctx.layer, ctx.book = layer, operand.book
         if layer.window is not None:
             return _image(depthwise(operand, layer.window, weight.detach().contiguous()))
-        return _convolve(decode(operand), weight.detach(), layer)
+        return layer.convolve(_image(decode(operand)), weight.detach())
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
@@ -152,17 +152,6 @@ def _image(rows: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2)
 
 
-def _is_pointwise(weight: Tensor, layer: _Layer) -> bool:
-    """A 1x1 that is one matrix product."""
-    return weight.shape[2:] == (1, 1) and layer.groups == 1 and layer.padding == (0, 0) and layer.stride == (1, 1)
-
-
-def _convolve(rows: Tensor, weight: Tensor, layer: _Layer) -> Tensor:
-    if not _is_pointwise(weight, layer):
-        return layer.convolve(_image(rows), weight)
-    return _image(rows @ weight.flatten(1).t())
-
-
 def _gradients(operand: Operand, weight: Tensor, gradient: Tensor, layer: _Layer, wanted: _Wanted) -> _Found:
     """Gradients of x, weight and probabilities, each where it is wanted."""
     if layer.window is not None:
@@ -178,29 +167,22 @@ def _gradients(operand: Operand, weight: Tensor, gradient: Tensor, layer: _Layer
         weights = None if weights is None else weights.to(weight.dtype).view(weight.shape)
         p = None if p is None else p.to(weight.dtype)
         return None if rows is None else _image(rows), weights, p
-    if not _is_pointwise(weight, layer):
-        image, weights, _ = torch.ops.aten.convolution_backward(
-            gradient,
-            _image(decode(operand)),
-            weight,
-            None,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            False,
-            (0, 0),
-            layer.groups,
-            (wanted[0] or wanted[2], wanted[1], False),
-        )
-        d_rows = None if image is None else _rows(image)
-    else:
-        given = _rows(gradient).flatten(0, 2)
-        matrix = weight.flatten(1)
-        weights = (given.t() @ decode(operand).flatten(0, 2)).view(weight.shape) if wanted[1] else None
-        d_rows = (given @ matrix).view(operand.shape) if wanted[0] or wanted[2] else None
-    if d_rows is None:
+    d_image, weights, _ = torch.ops.aten.convolution_backward(
+        gradient,
+        _image(decode(operand)),
+        weight,
+        None,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        False,
+        (0, 0),
+        layer.groups,
+        (wanted[0] or wanted[2], wanted[1], False),
+    )
+    if d_image is None:
         return None, weights, None
-    d_rows, p = decode_backward(operand, d_rows, wanted[2])
+    d_rows, p = decode_backward(operand, _rows(d_image), wanted[2])
     return _image(d_rows) if wanted[0] else None, weights, p
 
 
