@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The defaults of PaddleSlim's DARTS example (its release 1.1.1), beside those of the papers' authors."""
+"""The defaults of PaddleSlim's DARTS example (its release 1.1.1), and the fast recipe on those of the authors."""
 
 from __future__ import annotations
 
+from common.recipes.presets import PRESETS as SHARED
 from common.recipes.presets import Preset
 
+# What the shared `fast` says about rates and warm-up is relative to PC-DARTS; DARTS has no warm-up and half the rate.
+FAST = {
+    "pc-darts": {name: SHARED["fast"].search[name] for name in ("arch_learning_rate", "warmup_epochs")},
+    "darts": {"arch_learning_rate": 1.2e-3},
+}
+
 PRESETS = {
+    "fast": Preset(
+        SHARED["fast"].about,
+        search={name: value for name, value in SHARED["fast"].search.items() if name not in FAST["pc-darts"]},
+    ),
     "paddle": Preset(
         "the defaults of PaddleSlim's example: for --method PC-DARTS too, and the cell that it trains is its own",
         search={
@@ -24,5 +35,5 @@ PRESETS = {
             "cutout": True,
             "drop_path_prob": 0.2,
         },
-    )
+    ),
 }

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.engine.cli import Config, Parser, Switch, integer, number
 from common.recipes.flags import full_precision_search_parser, resolve_search, run_program
-from darts.presets import PRESETS
+from darts.presets import FAST, PRESETS
 
 PROG = "darts/search.py"
 
@@ -49,8 +49,9 @@ def make_parser() -> Parser:
 
 
 def recipe_of_method(config: Config) -> dict[str, Any]:
-    """What --method PC-DARTS trains with, where nobody said otherwise."""
-    return config.open_among(PC_DARTS) if config.method == "pc-darts" else {}
+    """What --method PC-DARTS trains with, and what --preset fast makes of it, where nobody said otherwise."""
+    recipe = PC_DARTS if config.method == "pc-darts" else {}
+    return config.open_among(recipe | (FAST[config.method] if config.preset == "fast" else {}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -183,6 +183,7 @@ def add_search_flags(parser: Parser, *, bits: bool = True) -> None:
     add.value("--arch-weight-decay --arch-wd", number(0), 1e-3, "WD", "of alphas and betas")
     warmup = "first epochs that leave alphas and betas alone"
     add.value("--warmup-epochs --epochs-no-archopt --begin", integer(0), 15, "N", warmup)
+    add.value("--arch-every", integer(1), 1, "N", "one architecture step in N weight steps, after the warm-up")
     add.switch("--unrolled", False, "second-order architecture gradients")
     add.choice("--second-order", "exact|finite-difference", "exact", "how --unrolled differentiates")
     if bits:

@@ -42,9 +42,10 @@ class SearchSettings:
 
     ``learning_rate`` anneals by ``schedule`` per epoch towards ``learning_rate_min``, which no epoch reaches, after
     ``warmup_epochs`` epochs that rise linearly (``schedules.rate_at``). ``arch_begin_epoch`` epochs leave alphas and
-    betas alone. Gammas move with the weights (``gamma_level="lower"``, SGD of their own) or with the alphas
-    (``"upper"``: Adam at the architecture's learning rate). ``gamma_annealed=False`` keeps their rate constant: a
-    controller of the cost needs its authority to the last step.
+    betas alone; from then on one step in ``arch_every`` moves them. Gammas move with the weights
+    (``gamma_level="lower"``, SGD of their own) or with the alphas (``"upper"``: Adam at the architecture's learning
+    rate). ``gamma_annealed=False`` keeps their rate constant: a controller of the cost needs its authority to the last
+    step.
     """
 
     epochs: int
@@ -62,6 +63,7 @@ class SearchSettings:
     arch_weight_decay: float = 1e-3
     arch_betas: tuple[float, float] = (0.5, 0.999)
     arch_begin_epoch: int = 15
+    arch_every: int = 1
     gamma_learning_rate: float = 0.01
     gamma_momentum: float = 0.9
     gamma_weight_decay: float = 1e-3
@@ -77,6 +79,8 @@ class SearchSettings:
         problems = []
         if self.epochs < 1:
             problems.append(f"epochs {self.epochs}: at least 1 is needed")
+        if self.arch_every < 1:
+            problems.append(f"arch_every {self.arch_every}: at least 1 is needed")
         if self.order not in ORDERS:
             problems.append(f"order {self.order!r}: choose one of {', '.join(ORDERS)}")
         if self.gamma_level not in GAMMA_LEVELS:
@@ -194,8 +198,12 @@ class SearchLoop:
         return self.epoch * self.steps + self.step
 
     def architecture_moves(self) -> bool:
-        """Whether this epoch takes architecture steps (a model without architecture parameters never does)."""
-        return bool(self.arch) and self.epoch >= self.settings.arch_begin_epoch
+        """Whether this step begins with one of the architecture (never, for a model without its parameters).
+
+        A function of the position alone, so that a resumed search takes the same steps.
+        """
+        s = self.settings
+        return bool(self.arch) and self.epoch >= s.arch_begin_epoch and self.global_step % s.arch_every == 0
 
     def start_epoch(self) -> None:
         """Set the learning rates that this epoch really uses."""
@@ -225,7 +233,8 @@ class SearchLoop:
         s = self.settings
         # The validation half is walked on its own: it may be longer or shorter than the training half.
         assert self.valid_stream is not None, "architecture parameters learn on a second stream"
-        valid_batch = self.valid_stream.batch(*divmod(self.global_step, self.valid_stream.steps_per_epoch))
+        number = self.global_step // s.arch_every
+        valid_batch = self.valid_stream.batch(*divmod(number, self.valid_stream.steps_per_epoch))
         inner = None
         if s.order != "first":
             sgd = [self.optimizers[name] for name in ("weights", "gammas") if name in self.optimizers]

@@ -216,7 +216,7 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
                 torch.cuda.synchronize(prepared.device)
             seconds[name] = time.monotonic() - started
     row = epoch_row(prepared, {})
-    searching = max(0, settings.epochs - settings.arch_begin_epoch)
+    searching = max(0, settings.epochs - settings.arch_begin_epoch) / settings.arch_every
     whole = loop.steps * (settings.epochs * seconds["weight"] + searching * seconds["architecture"])
     print("\n".join(prepared.notes))
     print(

@@ -136,7 +136,7 @@ def search_settings(config: Config) -> SearchSettings:
     """The loop's settings as the flags give them."""
     same = ("epochs", "learning_rate", "learning_rate_min", "momentum", "weight_decay", "grad_clip", "precision")
     more = ("arch_learning_rate", "arch_weight_decay", "gamma_learning_rate", "gamma_weight_decay", "gamma_level")
-    rest = ("log_every", "checkpoint_minutes")
+    rest = ("arch_every", "log_every", "checkpoint_minutes")
     return SearchSettings(
         arch_begin_epoch=config.warmup_epochs,
         warmup_epochs=config.lr_warmup_epochs,

@@ -89,6 +89,15 @@ def test_defaults_are_the_authors(flags: tuple[str, ...], expected: tuple[Any, .
     assert c.second_order == "finite-difference"
 
 
+@pytest.mark.parametrize(("method", "rate", "warmup"), [("DARTS", 1.2e-3, 0), ("PC-DARTS", 2.4e-3, 7)])
+def test_fast_keeps_its_proportions_to_either_methods_recipe(method: str, rate: float, warmup: int) -> None:
+    plain, fast = resolved(f"--method={method}"), resolved(f"--method={method}", "--preset", "fast")
+    assert (fast.arch_learning_rate, fast.warmup_epochs, fast.epochs, fast.arch_every) == (rate, warmup, 25, 2)
+    assert fast.arch_learning_rate == 4 * plain.arch_learning_rate
+    assert fast.batch_size == plain.batch_size and fast.learning_rate == plain.learning_rate
+    assert resolved("--preset", "fast", "--arch-learning-rate", "1e-3").arch_learning_rate == 1e-3
+
+
 def test_what_follows_from_the_method_is_shown_as_derived() -> None:
     sources = resolved("--method=PC-DARTS", "--learning_rate=0.2").sources
     assert sources["batch_size"] == "derived" and sources["learning_rate"] == "flag"

@@ -181,6 +181,17 @@ def test_order_of_the_steps_and_of_the_batches() -> None:
     assert valid.taken == [divmod(i, 4) for i in range(5, 15)]
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_fewer_architecture_steps(every: int) -> None:
+    """They fall on every N-th step of the whole search, and still walk the validation half batch by batch."""
+    train, valid = ToyStream(1, 5), ToyStream(2, 4)
+    model, outcome = run_toy(epochs=3, arch_every=every, streams=(train, valid))
+    moves = [step >= 5 and step % every == 0 for step in range(15)]
+    assert model.passes == [kind for move in moves for kind in (["side", "weight"] if move else ["weight"])]
+    assert valid.taken == [divmod(step // every, 4) for step, move in enumerate(moves) if move]
+    assert outcome.steps == 15
+
+
 def test_architecture_rests_until_its_epoch() -> None:
     seen = []
     model = Toy()
@@ -282,12 +293,12 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order, every", [*((order, 1) for order in ORDERS), ("first", 2)])
 @pytest.mark.parametrize("stop", [3, 5, 9, 10, 20])
-def test_resume_is_bit_exact(order: str, stop: int) -> None:
+def test_resume_is_bit_exact(order: str, every: int, stop: int) -> None:
     """Stopped in the middle of an epoch and at its end, with every order; 20 is after the last step."""
     straight_rows, rows = [], []
-    changes = {"order": order, "checkpoint_steps": 3}
+    changes = {"order": order, "arch_every": every, "checkpoint_steps": 3}
     straight, outcome = run_toy(memory=Memory(), on_epoch=lambda e, row: straight_rows.append((e, row)), **changes)
 
     def stop_there(step: int) -> None:
@@ -381,6 +392,8 @@ def test_non_finite_values_stop_before_the_update(which: str, position: tuple[in
 def test_bad_settings_are_named_together() -> None:
     with pytest.raises(ValueError, match=r"epochs 0.*order 'third'.*gamma level 'middle'.*arch_weight_decay -1"):
         SearchSettings(epochs=0, order="third", gamma_level="middle", arch_weight_decay=-1.0)
+    with pytest.raises(ValueError, match="arch_every 0"):
+        settings(arch_every=0)
     with pytest.raises(ValueError, match="--batch-size"):
         run_toy(streams=(ToyStream(1, 0), ToyStream(2, 4)))
 
