@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,15 +31,16 @@ from common.nets.darts_space import (
     plan_cells,
     read_genotype,
 )
+from common.nets.fused import fused_edges, fused_node, fusible
 from common.nets.network import STEMS, cifar_stem, imagenet_stems
 from common.nets.operations import OPERATIONS, FactorizedReduce, plain_convolution, preprocess
+from common.nets.stacks import Bank, ConvStack, SeparableStack, StackedEdges
 from common.quant import (
     SCHEMES,
     SUPPORTED_BITS,
     MixedActivation,
     MixedQuantConv2d,
     frozen_ranges,
-    mix_levels,
     mix_weights,
 )
 from genotypes import PRIMITIVES, Genotype
@@ -58,130 +58,88 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, affine=False)
 
 
-@dataclass
-class Bank:
-    """What one forward computes once for all cells: mixed weights per stack, and activation probabilities per row."""
-
-    weights: list[Tensor]
-    activation: Tensor | None
-
-
-class ConvStack(nn.Module):
-    """`edges` convolutions of one shape, side by side as groups: [B, edges * in, H, W] -> [B, edges * out, H', W'].
-
-    `rows` are the gamma rows of its members (None: full precision). Quantised, its input is a list of Q_b(x), each
-    [B, edges * in, H, W] or [B, in, H, W] shared by all edges.
-    """
-
-    def __init__(self, members: Sequence[nn.Conv2d], rows: Sequence[int] | None, position: int) -> None:
-        super().__init__()
-        first = members[0]
-        self.members = list(members)  # a plain list: the modules belong to their candidates
-        self.rows = None if rows is None else list(rows)
-        self.position, self.edges = position, len(members)
-        self.bits = getattr(members[0], "bits", ())
-        self.in_channels, self.groups = first.in_channels, first.groups * len(members)
-        self.stride, self.padding, self.dilation = first.stride, first.padding, first.dilation
-        index = torch.tensor([0] if rows is None else list(rows))
-        self.register_buffer("row_index", index, persistent=False)
-
-    def forward(self, x: Tensor | list[Tensor], bank: Bank) -> Tensor:
-        """Mix the input's levels by the members' activation gammas, then convolve all members at once."""
-        if isinstance(x, list):
-            assert bank.activation is not None
-            x = mix_levels(x, bank.activation.index_select(0, self.row_index), self.in_channels, self.bits)
-        elif x.shape[1] != self.edges * self.in_channels:
-            x = x.repeat(1, self.edges, 1, 1)
-        weight = bank.weights[self.position]
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
-
-
 class StateEdges(nn.Module):
     """All candidate operations on the edges that leave one state, computed together.
 
-    forward: [B, c, H, W] and alphas [edges, primitives] -> [B, edges, c, H', W'], the sum over operations per edge.
+    forward: [B, c, H, W] and strengths [edges, primitives] (alpha, times beta) -> [B, edges, c, H', W'], the sum over
+    operations per edge.
     """
 
     def __init__(self, cell: _CellBuilder, state: int, stride: int) -> None:
         super().__init__()
         self.edges = [edge for _, edge in outgoing(state, cell.nodes)]
-        self.channels, self.stride, self.primitives = cell.width, stride, cell.primitives
-        count = len(self.edges)
-        self.pools, self.stacks, self.norms = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.inner_levels = nn.ModuleDict()
-        self.levels = cell.levels(1)
-        self.shifted_levels = None
-        self.others = [p for p in cell.primitives if p not in _STACKED and p != "none"]
+        self.register_buffer("edge_index", torch.tensor(self.edges), persistent=False)
+        self.channels, self.primitives = cell.width, cell.primitives
+        self.levels, self.shifted_levels = cell.levels(1), None
         self.operations = [cell.operations[edge] for edge in self.edges]  # a plain list: the cell owns them
+        self.halving: nn.ModuleList | None = None
+        separable: dict[str, SeparableStack] = {}
+        pools: dict[str, nn.Module] = {}
         for primitive in cell.primitives:
             if "pool" in primitive and primitive in OPERATIONS:
-                self.pools[primitive] = OPERATIONS[primitive](plain_convolution, _norm, cell.width, stride)
-                self.norms[primitive] = _norm(cell.width)
-            elif primitive in _STACKED and needs_bits(primitive, stride):
+                pools[primitive] = OPERATIONS[primitive](plain_convolution, _norm, cell.width, stride)
+            elif primitive in STACKED and needs_bits(primitive, stride):
                 candidates = [cell.operations[edge][primitive] for edge in self.edges]
-                self.stacks[primitive] = cell.stack(candidates, self.edges, primitive)
+                stacks = cell.stack(candidates, self.edges, primitive)
                 if primitive == "skip_connect":
-                    self.shifted_levels = cell.levels(1)
-                    self.norms[primitive] = _norm(count * cell.width)
+                    self.halving, self.shifted_levels = nn.ModuleList(stacks), cell.levels(1)
+                    self.halving_norm = _norm(len(self.edges) * cell.width)
                 else:
-                    halves = len(candidates[0].convolutions()) // 2
-                    self.norms[primitive] = nn.ModuleList(_norm(count * cell.width) for _ in range(halves))
-                    inner = [cell.levels(count) for _ in range(2 * halves - 1)]
-                    if cell.bits is not None:
-                        self.inner_levels[primitive] = nn.ModuleList(inner)
+                    separable[primitive] = self._separable(cell, stacks)
+        skip = stride == 1 and "skip_connect" in cell.primitives
+        together = [*separable, *pools, *(["skip_connect"] if skip else [])]
+        norms = [_norm(cell.width) for _ in pools]
+        self.stacked = StackedEdges(
+            list(separable.values()), pools, norms, skip=skip, edges=len(self.edges), stride=stride
+        )
+        column = {primitive: k for k, primitive in enumerate(self.primitives)}
+        self.register_buffer("columns", torch.tensor([column[p] for p in together]), persistent=False)
+        self.single = [(k, p) for p, k in column.items() if p != "none" and p not in together]
 
-    def forward(self, x: Tensor, alphas: Tensor, bank: Bank) -> Tensor:
+    def _separable(self, cell: _CellBuilder, stacks: list[ConvStack]) -> SeparableStack:
+        count = len(self.edges)
+        norms = [_norm(count * cell.width) for _ in stacks[1::2]]
+        levels = [] if cell.bits is None else [cell.levels(count) for _ in stacks[1:]]
+        return SeparableStack(stacks, norms, levels)
+
+    def forward(self, x: Tensor, strengths: Tensor, bank: Bank) -> Tensor:
         """See the class."""
-        batch, edges, c = x.shape[0], len(self.edges), self.channels
-        active = F.relu(x)
-        entry = active if self.levels is None else self.levels.levels(active)
+        maximum = None if self.levels is None or self.levels.range is None else self.levels.range(x.clamp_min(0))
         total: Tensor | None = None
-        for column, primitive in enumerate(self.primitives):
-            if primitive == "none":
-                continue
-            strength = alphas[:, column]
-            if primitive in self.pools:
-                part = self.norms[primitive](self.pools[primitive](x)).unsqueeze(1)
-            elif primitive in self.stacks:
-                part = self._stacked(primitive, active, entry, bank)
-                part = part.view(batch, edges, c, part.shape[2], part.shape[3])
-            elif primitive in self.others:
-                part = torch.stack([operations[primitive](x) for operations in self.operations], 1)
+        if self.columns.numel():
+            total = self._together(x, maximum, strengths.index_select(1, self.columns), bank)
+        for column, primitive in self.single:
+            if self.halving is not None and primitive == "skip_connect":
+                part = self._halve(x, maximum, bank).unflatten(1, (len(self.edges), self.channels))
             else:
-                part = x.unsqueeze(1)
-            part = part * strength.view(1, -1, 1, 1, 1)
+                part = torch.stack([operations[primitive](x) for operations in self.operations], 1)
+            part = part * strengths[:, column].view(1, -1, 1, 1, 1)
             total = part if total is None else total + part
         assert total is not None
         return total
 
-    def _stacked(self, primitive: str, active: Tensor, entry: Tensor | list[Tensor], bank: Bank) -> Tensor:
-        stack = self.stacks[primitive]
-        if primitive == "skip_connect":
-            return self._halve(stack, active, entry, bank)
-        x: Tensor | list[Tensor] = entry
-        for half, norm in enumerate(self.norms[primitive]):
-            depthwise, pointwise = stack[2 * half], stack[2 * half + 1]
-            x = depthwise(self._requantized(primitive, 2 * half - 1, x), bank)
-            x = norm(pointwise(self._requantized(primitive, 2 * half, x), bank))
-            if half + 1 < len(self.norms[primitive]):
-                x = F.relu(x)
-        assert isinstance(x, Tensor)
-        return x
+    def _together(self, x: Tensor, maximum: Tensor | None, strengths: Tensor, bank: Bank) -> Tensor:
+        rows, weights = self.stacked.operands(bank)
+        if fusible(self.stacked, x):
+            return fused_edges(self.stacked, x, self.levels, maximum, strengths, rows, weights)
+        active = F.relu(x)
+        entry = active if self.levels is None else self.levels.levels(active, maximum)
+        return self.stacked(x, entry, strengths, rows, weights)
 
-    def _requantized(self, primitive: str, position: int, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        if position < 0 or primitive not in self.inner_levels or isinstance(x, list):
-            return x
-        return self.inner_levels[primitive][position].levels(x)
-
-    def _halve(self, stack: nn.ModuleList, active: Tensor, entry: Tensor | list[Tensor], bank: Bank) -> Tensor:
+    def _halve(self, x: Tensor, maximum: Tensor | None, bank: Bank) -> Tensor:
+        assert self.halving is not None
+        active = F.relu(x)
         shifted = active[:, :, 1:, 1:]
-        second = shifted if self.shifted_levels is None else self.shifted_levels.levels(shifted)
-        one, two = stack[0](entry, bank), stack[1](second, bank)
+        if self.levels is None or self.shifted_levels is None:
+            one, two = self.halving[0](active, bank), self.halving[1](shifted, bank)
+        else:
+            one = self.halving[0](self.levels.levels(active, maximum), bank)
+            two = self.halving[1](self.shifted_levels.levels(shifted), bank)
         split = [t.unflatten(1, (len(self.edges), -1)) for t in (one, two)]
-        return self.norms["skip_connect"](torch.cat(split, 2).flatten(1, 2))
+        return self.halving_norm(torch.cat(split, 2).flatten(1, 2))
 
 
-_STACKED = {"skip_connect", "sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7", "dil_conv_3x3", "dil_conv_5x5"}
+STACKED = {"skip_connect", "sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7", "dil_conv_3x3", "dil_conv_5x5"}
 
 
 class _Registry:
@@ -216,13 +174,13 @@ class _CellBuilder:
         s = self.supernet
         return MixedActivation(self.bits, groups=groups, scheme=s.scheme, signed_activations=s.signed_activations)
 
-    def stack(self, candidates: Sequence[nn.Module], edges: Sequence[int], primitive: str) -> nn.ModuleList:
+    def stack(self, candidates: Sequence[nn.Module], edges: Sequence[int], primitive: str) -> list[ConvStack]:
         """One ConvStack per convolution of a primitive, over its candidates on `edges`."""
         rows = None
         if self.bits is not None:
             rows = [self.supernet.operation_row(self.plan.index, edge, primitive) for edge in edges]
         columns = zip(*(c.convolutions() for c in candidates), strict=True)
-        return nn.ModuleList(self.registry.add(members, rows) for members in columns)
+        return [self.registry.add(members, rows) for members in columns]
 
 
 class SupernetCell(nn.Module):
@@ -257,7 +215,7 @@ class SupernetCell(nn.Module):
                 stride = 2 if plan.reduction and state < 2 else 1
                 candidates = nn.ModuleDict()
                 for primitive in builder.primitives:
-                    if (primitive in _STACKED and needs_bits(primitive, stride)) or _is_own(primitive):
+                    if (primitive in STACKED and needs_bits(primitive, stride)) or _is_own(primitive):
                         norm = _norm if _is_own(primitive) else _no_norm
                         candidates[primitive] = OPERATIONS[primitive](builder.conv, norm, self.width, stride)
                 self.operations.append(candidates)
@@ -267,50 +225,47 @@ class SupernetCell(nn.Module):
 
     def _input(self, which: int, x: Tensor, bank: Bank) -> Tensor:
         module = (self.preprocess0, self.preprocess1)[which]
-        active = F.relu(x)
-        inputs = [active, active[:, :, 1:, 1:]] if isinstance(module, FactorizedReduce) else [active]
-        outputs = []
-        for k, (stack, entry) in enumerate(zip(self.input_stacks[which], inputs, strict=True)):
-            levels = self.input_levels[which][k].levels(entry) if self.input_levels else entry
-            outputs.append(stack(levels, bank))
+        stacks = self.input_stacks[which]
+        # the second half of a factorised reduction reads the image shifted by one pixel
+        inputs = [x, x[:, :, 1:, 1:]] if isinstance(module, FactorizedReduce) else [x]
+        if self.input_levels:
+            pairs = zip(stacks, self.input_levels[which], inputs, strict=True)
+            outputs = [stack.convolve_coded(entry, levels, bank) for stack, levels, entry in pairs]
+        else:
+            outputs = [stack(F.relu(entry), bank) for stack, entry in zip(stacks, inputs, strict=True)]
         return module.bn(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1))
 
     def forward(self, before_last: Tensor, last: Tensor, alphas: Tensor, betas: Tensor | None, bank: Bank) -> Tensor:
         """Outputs of the two cells before, alphas [edges, primitives], betas [edges] -> [B, multiplier * C, H, W]."""
         states = [self._input(0, before_last, bank), self._input(1, last, bank)]
-        mixed: list[list[Tensor]] = [[] for _ in range(self.nodes)]
-        passed: list[list[Tensor]] = [[] for _ in range(self.nodes)]
-        for state in range(self.nodes + 1):
-            edges = self.states[state].edges
-            x = states[state]
-            part = self.states[state](x[:, : self.width], alphas[edges], bank)
-            bypass = self._bypass(x, state) if self.partial > 1 else None
+        heads: list[list[Tensor]] = [[] for _ in range(self.nodes)]
+        rests: list[list[Tensor]] = [[] for _ in range(self.nodes)]
+        by_node = [None] * self.nodes if betas is None else self._incoming(betas)
+        for state, leaving in enumerate(self.states):
+            x, rest = states[state], None
+            if self.partial > 1:
+                x, rest = x.split([self.width, self.channels - self.width], 1)
+                rest = F.max_pool2d(rest, 2, 2) if self.reduction and state < 2 else rest
+            strengths = alphas.index_select(0, leaving.edge_index)
             if betas is not None:
-                part = part * betas[edges].view(1, -1, 1, 1, 1)
-            for k, (node, edge) in enumerate(outgoing(state, self.nodes)):
-                mixed[node].append(part[:, k])
-                if bypass is not None:
-                    passed[node].append(bypass if betas is None else bypass * betas[edge])
+                strengths = strengths * betas.index_select(0, leaving.edge_index).unsqueeze(1)
+            parts = leaving(x, strengths, bank).unbind(1)
+            for part, (node, _) in zip(parts, outgoing(state, self.nodes), strict=True):
+                heads[node].append(part)
+                if rest is not None:
+                    rests[node].append(rest)
             if state >= 1:  # node `state - 1` has now received all of its edges
-                states.append(self._join(mixed[state - 1], passed[state - 1]))
+                states.append(fused_node(heads[state - 1], rests[state - 1], by_node[state - 1]))
         return torch.cat(states[2 + self.nodes - self.multiplier :], 1)
 
-    def _bypass(self, x: Tensor, state: int) -> Tensor:
-        rest = x[:, self.width :]
-        return F.max_pool2d(rest, 2, 2) if self.reduction and state < 2 else rest
-
-    def _join(self, mixed: list[Tensor], passed: list[Tensor]) -> Tensor:
-        total = sum(mixed[1:], start=mixed[0])
-        if not passed:
-            return total
-        joined = torch.cat([total, sum(passed[1:], start=passed[0])], 1)
-        # channel shuffle: the next state's operations must see channels of every part
-        return joined.unflatten(1, (self.partial, -1)).transpose(1, 2).flatten(1, 2)
+    def _incoming(self, betas: Tensor) -> list[Tensor]:
+        """Betas of the edges that enter each node, in the order of the states."""
+        return list(betas.split([node + 2 for node in range(self.nodes)]))
 
 
 def _is_own(primitive: str) -> bool:
     """A registered operation that the stacks do not know: computed edge by edge."""
-    return primitive not in _STACKED and "pool" not in primitive and primitive != "none"
+    return primitive not in STACKED and "pool" not in primitive and primitive != "none"
 
 
 class Supernet(nn.Module):
@@ -371,7 +326,7 @@ class Supernet(nn.Module):
         else:
             self.betas_normal = self.betas_reduce = None
         self.rows = {
-            kind: tuple(p for p in self.primitives if p in _STACKED and needs_bits(p, stride))
+            kind: tuple(p for p in self.primitives if p in STACKED and needs_bits(p, stride))
             for kind, stride in (("normal", 1), ("reduce", 2))
         }
         self.cells_of = {
@@ -515,7 +470,7 @@ class Supernet(nn.Module):
             for position, (primitive, state) in enumerate(genotype.reduce if plan.reduction else genotype.normal):
                 stride = 2 if plan.reduction and state < 2 else 1
                 edge = count_edges(position // 2) + state
-                quantised = primitive in _STACKED and needs_bits(primitive, stride)
+                quantised = primitive in STACKED and needs_bits(primitive, stride)
                 operations.append(pair(self.operation_row(plan.index, edge, primitive)) if quantised else None)
             ends = [pair(self.preprocess_row(plan.index, which)) for which in (0, 1)]
             cells.append(CellBits(plan.reduction, ends[0], ends[1], tuple(operations)))

@@ -217,6 +217,9 @@ class MixedActivation(nn.Module):
         self.range = RunningMaximum(groups, signed_activations) if 8 in bits and scheme == "default" else None
 
         self.fused = all(b in LOW_BITS for b in bits)
+        # codes know the low bit-widths, and 8 bits without sign after them
+        low = bits[:-1] if bits[-1] == 8 else bits
+        self.coded = scheme == "default" and not signed_activations and all(b in LOW_BITS for b in low)
 
     def levels(self, x: Tensor, maximum: Tensor | None = None) -> list[Tensor]:
         """What `mix_levels` takes: Q_b(x) for every bit-width b, each of x's shape [B, groups * c, H, W]; or x itself

@@ -223,19 +223,22 @@ class RunningMaximum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The range to quantise x with: scalar, or [1, groups * c, 1, 1] for x [B, groups * c, H, W]."""
-        with torch.no_grad():
-            if self.training and not self.frozen:
-                batch = activation_maximum(x, self.signed, self.groups).to(self.maximum.dtype)
-                moved = self.maximum + _RANGE_MOMENTUM * (batch - self.maximum)
-                self.maximum.copy_(torch.where(self.ready, moved, batch))
-                self.ready.fill_(True)
-                maximum = self.maximum
-            else:  # before any training batch there is no range yet: x's own
-                batch = activation_maximum(x, self.signed, self.groups).to(self.maximum.dtype)
-                maximum = torch.where(self.ready, self.maximum, batch)
-            if self.groups > 1:
-                maximum = maximum.repeat_interleave(x.shape[1] // self.groups).view(1, -1, 1, 1)
-            return maximum.clone()
+        maximum = self.observe(activation_maximum(x, self.signed, self.groups))
+        if self.groups > 1:
+            maximum = maximum.repeat_interleave(x.shape[1] // self.groups).view(1, -1, 1, 1)
+        return maximum
+
+    @torch.no_grad()
+    def observe(self, batch: Tensor) -> Tensor:
+        """Take note of a batch's own range (scalar, or [groups]) and return the one to quantise it with."""
+        batch = batch.to(self.maximum.dtype)
+        if self.training and not self.frozen:
+            moved = self.maximum + _RANGE_MOMENTUM * (batch - self.maximum)
+            self.maximum.copy_(torch.where(self.ready, moved, batch))
+            self.ready.fill_(True)
+            return self.maximum.clone()
+        # before any training batch there is no range yet: the batch's own
+        return torch.where(self.ready, self.maximum, batch)
 
 
 class ActivationQuantizer(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Codebook:
-    """Tables of a set of bit-widths below 8: `levels`, `masks` [bits, TABLE] by code; `count` codes, the last is NaN's."""
+    """Tables of a set of bit-widths below 8: `levels`, `masks` [bits, TABLE] by code; the last of `count` is NaN's."""
 
     bits: tuple[int, ...]
     levels: Tensor
@@ -49,7 +50,7 @@ def codebook(bits: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     tops = [hwgq_bound(b) for b in bits]
     thresholds = {0.0, *tops, *((k + 0.5) * s for b, s in zip(bits, steps, strict=True) for k in range(2**b - 1))}
     ordered = sorted(thresholds)
-    inside = [(low + high) / 2 for low, high in zip(ordered, ordered[1:], strict=False)]
+    inside = [(low + high) / 2 for low, high in pairwise(ordered)]
     samples = torch.tensor([-1.0, *inside, ordered[-1] + 1.0], dtype=torch.float64)
     codes = encode_plain(samples, bits).long()
     count = int(codes.max()) + 2
@@ -117,7 +118,7 @@ class Operand:
     """What enters a convolution: floats [B, H, W, C], or codes of that shape with the mixture that they are decoded to.
 
     `groups` x `width` channels come out; `shared` codes have `width` channels, read by every group. `probabilities`
-    [groups, bits] mix the bit-widths (8 last); `scale8` [groups] is the step of 8 bits. `relu`: floats that left a ReLU.
+    [groups, bits] mix the bit-widths (8 last); `scale8` [groups] is the step of 8 bits. `relu`: floats left a ReLU.
     """
 
     groups: int

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("kernels.h", "depthwise.h", "pointwise.h", "separable.cpp")
+_SOURCES = ("separable.cpp", "pooling.cpp")
+_HEADERS = ("kernels.h", "depthwise.h", "pointwise.h")
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-w"]
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -76,7 +77,7 @@ def library() -> ctypes.CDLL | None:
 def _built() -> Path:
     """The library's file, compiled when no process did so before for these sources, this torch and this processor."""
     digest = hashlib.sha256()
-    for name in _SOURCES:
+    for name in (*_SOURCES, *_HEADERS):
         digest.update((_FOLDER / name).read_bytes())
     digest.update(" ".join([*_FLAGS, torch.__version__, platform.machine(), _processor()]).encode())
     name = f"nablaqdarts_kernels_{digest.hexdigest()[:16]}"
@@ -106,7 +107,7 @@ def _compile(name: str, kept: Path) -> None:
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix="build-") as folder:
         load(
             name,
-            [str(_FOLDER / "separable.cpp")],
+            [str(_FOLDER / source) for source in _SOURCES],
             extra_cflags=_FLAGS,
             extra_ldflags=["-fopenmp"],
             build_directory=folder,

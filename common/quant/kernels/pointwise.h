@@ -29,13 +29,55 @@ static void multiply_fixed(
         }
     }
 }
+// Where a group fits into a vector, several groups (and pixels) are computed side by side: the i-th factor of every lane
+// is its group's i-th value, a permutation of the vector.
+template <typename T, int W>
+struct SideBySide {
+    typedef typename Vec<T>::index index;
+    static constexpr int L = Vec<T>::lanes;
+    index from[W];
+    SideBySide() {
+        for (int i = 0; i < W; i++)
+            for (int l = 0; l < L; l++) from[i][l] = l / W * W + i;
+    }
+};
+
+template <typename T, int W>
+static void multiply_side_by_side(
+    const T* in, const T* matrix, const T* bias, int groups, int64_t pixels, bool add, T* out) {
+    constexpr int L = Vec<T>::lanes;
+    const int C = groups * W, period = std::lcm(C, L);
+    const SideBySide<T, W> side;
+    const int64_t whole = pixels * C / period * period;
+    for (int v = 0; v < period; v += L) {
+        vec<T> factor[W], start = vec<T>{};
+        for (int l = 0; l < L; l++) {
+            const int g = (v + l) % C / W, o = (v + l) % W;
+            for (int i = 0; i < W; i++) factor[i][l] = matrix[((size_t)g * W + i) * W + o];
+            if (bias) start[l] = bias[g * W + o];
+        }
+        for (int64_t f = v; f < whole; f += period) {
+            const vec<T> x = load(in + f);
+            vec<T> sum = add ? load(out + f) + start : start, other = vec<T>{};
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i += 2) {
+                sum += __builtin_shuffle(x, side.from[i]) * factor[i];
+                other += __builtin_shuffle(x, side.from[i + 1]) * factor[i + 1];
+            }
+            store(out + f, sum + other);
+        }
+    }
+    const int64_t done = whole / C;
+    multiply_fixed<T, W>(in + done * C, matrix, bias, groups, W, pixels - done, add, out + done * C);
+}
+
 template <typename T>
 static void multiply(
     const T* in, const T* matrix, const T* bias, int groups, int width, int64_t pixels, bool add, T* out) {
+    if (width == 2) return multiply_side_by_side<T, 2>(in, matrix, bias, groups, pixels, add, out);
+    if (width == 4) return multiply_side_by_side<T, 4>(in, matrix, bias, groups, pixels, add, out);
+    if (width == 8) return multiply_side_by_side<T, 8>(in, matrix, bias, groups, pixels, add, out);
     switch (width) {
-        case 2: return multiply_fixed<T, 2>(in, matrix, bias, groups, width, pixels, add, out);
-        case 4: return multiply_fixed<T, 4>(in, matrix, bias, groups, width, pixels, add, out);
-        case 8: return multiply_fixed<T, 8>(in, matrix, bias, groups, width, pixels, add, out);
         case 16: return multiply_fixed<T, 16>(in, matrix, bias, groups, width, pixels, add, out);
         default: return multiply_fixed<T, 0>(in, matrix, bias, groups, width, pixels, add, out);
     }
@@ -68,12 +110,32 @@ static void outer_fixed(const T* a, const T* b, int groups, int width, int64_t p
         }
     }
 }
+template <typename T, int W>
+static void outer_side_by_side(const T* a, const T* b, int groups, int64_t pixels, T* sum) {
+    constexpr int L = Vec<T>::lanes;
+    const int C = groups * W, period = std::lcm(C, L);
+    const SideBySide<T, W> side;
+    const int64_t whole = pixels * C / period * period;
+    for (int v = 0; v < period; v += L) {
+        vec<T> acc[W] = {};
+        for (int64_t f = v; f < whole; f += period) {
+            const vec<T> x = load(a + f), y = load(b + f);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) acc[i] += __builtin_shuffle(x, side.from[i]) * y;
+        }
+        for (int l = 0; l < L; l++)
+            for (int i = 0; i < W; i++) sum[((size_t)((v + l) % C / W) * W + i) * W + (v + l) % W] += acc[i][l];
+    }
+    const int64_t done = whole / C;
+    outer_fixed<T, W>(a + done * C, b + done * C, groups, W, pixels - done, sum);
+}
+
 template <typename T>
 static void outer(const T* a, const T* b, int groups, int width, int64_t pixels, T* sum) {
+    if (width == 2) return outer_side_by_side<T, 2>(a, b, groups, pixels, sum);
+    if (width == 4) return outer_side_by_side<T, 4>(a, b, groups, pixels, sum);
+    if (width == 8) return outer_side_by_side<T, 8>(a, b, groups, pixels, sum);
     switch (width) {
-        case 2: return outer_fixed<T, 2>(a, b, groups, width, pixels, sum);
-        case 4: return outer_fixed<T, 4>(a, b, groups, width, pixels, sum);
-        case 8: return outer_fixed<T, 8>(a, b, groups, width, pixels, sum);
         case 16: return outer_fixed<T, 16>(a, b, groups, width, pixels, sum);
         default: return outer_fixed<T, 0>(a, b, groups, width, pixels, sum);
     }
