@@ -166,10 +166,15 @@ def counting_nodes() -> Iterator[list[int]]:
 
 def cpu_seconds_of(work: Callable[[], object]) -> float:
     """CPU seconds of this process, all its threads, in `work`."""
+    return clocks_of(work)["cpu"]
+
+
+def clocks_of(work: Callable[[], object]) -> dict[str, float]:
+    """CPU seconds ("cpu": all threads of this process) and wall seconds ("wall") of `work`."""
     gc.collect()
-    start = time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.process_time() - start
+    return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
 
 
 def peak_mebibytes_of(work: Callable[[], object]) -> float:
@@ -246,8 +251,8 @@ def serve(answers: dict[str, Callable[[], Any]]) -> None:
 def answers(side: Any, steps: Sequence[str], full: Any, small: Any) -> dict[str, Callable[[], Any]]:
     """What a worker is asked for. `side` has a `model`, `take(batches)` and the methods `steps`.
 
-    "memory": peak MiB of the first full round of all steps; "time": CPU seconds of each step; "saved": MiB that
-    autograd holds at most in each; "count": operations of each, on `small` batches.
+    "memory": peak MiB of the first full round of all steps; "time": CPU seconds of each step; "clocks": CPU and wall
+    seconds of a round; "saved": MiB that autograd holds at most in each step; "count": operations of each, on `small`.
     """
 
     def whole() -> None:
@@ -260,6 +265,7 @@ def answers(side: Any, steps: Sequence[str], full: Any, small: Any) -> dict[str,
     return {
         "memory": lambda: peak_mebibytes_of(whole),
         "time": lambda: {step: cpu_seconds_of(getattr(side, step)) for step in steps},
+        "clocks": lambda: clocks_of(whole),
         "saved": lambda: {step: _saved(side, step) for step in steps},
         "count": lambda: _counted(side, steps, full, small),
     }

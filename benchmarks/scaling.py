@@ -15,10 +15,8 @@ import argparse
 import csv
 import math
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -102,13 +100,10 @@ def measure(setting: dict[str, Any], repeats: int) -> dict[str, float]:
     script = Path(__file__).with_name("supernet_step.py")
     bits = ["--bits", *map(str, setting["bits"])]
     with measuring.Worker(script, *options, *bits, "--worker", "fused") as worker:
-        peak, cpu, wall = worker.ask("memory"), [], []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            cpu.append(sum(worker.ask("time").values()))
-            wall.append(time.perf_counter() - start)
+        peak = worker.ask("memory")
+        clocks = measuring.medians([worker.ask("clocks") for _ in range(repeats)])
         saved = max(worker.ask("saved").values())
-    figures = {"seconds": median(cpu), "wall_seconds": median(wall), "peak_mib": peak, "saved_mib": saved}
+    figures = {"seconds": clocks["cpu"], "wall_seconds": clocks["wall"], "peak_mib": peak, "saved_mib": saved}
     return {name: round(value, 4) for name, value in figures.items()}
 
 
