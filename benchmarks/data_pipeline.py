@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": where,
         "versions": measuring.versions("torchvision"),
     }
-    print(_table(result))
+    print(table(result))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -158,7 +158,8 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
+    """The figures as a table."""
     rows = [f"{result['images']}, batches of {result['batch_size']}, medians of n = {result['n']}", ""]
     rows += ["| side | images/s | images per CPU second |", "| --- | ---: | ---: |"]
     labels = {"torchvision": "torchvision CIFAR10 + DataLoader, 2 workers", "resident": "common.data, 1 thread"}

@@ -93,6 +93,7 @@ def worker(side: str, options: list[str]) -> measuring.Worker:
 
 def compare(args: argparse.Namespace, ours: measuring.Worker, theirs: measuring.Worker) -> dict[str, Any]:
     """Memory, then alternated timings, then counts and saved bytes of both sides; ratios of their medians."""
+    where = measuring.machine()
     names = ("fused", "first-order" if args.second_order else args.against)
     sides = dict(zip(names, (ours, theirs), strict=True))
     figures: dict[str, dict[str, Any]] = {name: {"peak_mib": side.ask("memory")} for name, side in sides.items()}
@@ -115,7 +116,7 @@ def compare(args: argparse.Namespace, ours: measuring.Worker, theirs: measuring.
         **ratios(figures["fused"], figures[names[1]], rows["fused"], rows[names[1]]),
         "data_share": round(share, 5),
         "sides": figures,
-        "machine": measuring.machine(),
+        "machine": where,
         "versions": measuring.versions(),
     }
 

@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(args: argparse.Namespace, sides: dict[str, measuring.Worker]) -> dict[str, Any]:
     """Figures of every side, and its ratios to full precision."""
+    where = measuring.machine()
     figures: dict[str, dict[str, Any]] = {name: {"peak_mib": side.ask("memory")} for name, side in sides.items()}
     rows: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(args.repeats):
@@ -155,7 +156,7 @@ def compare(args: argparse.Namespace, sides: dict[str, measuring.Worker]) -> dic
         "threads": args.threads,
         "n": args.repeats,
         "sides": figures,
-        "machine": measuring.machine(),
+        "machine": where,
         "versions": measuring.versions(),
     }
 
