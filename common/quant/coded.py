@@ -3,12 +3,13 @@
 
 Plainly, a quantised convolution saves the quantised activation and the mask of its gradient, and a ReLU before it one
 more tensor. Here ReLU, quantiser (or mixture of quantisers) and convolution are one function: it saves codes
-(`kernels/levels.py`), from which the backward pass makes values and masks again.
+(`kernels/levels.py`), from which the backward pass makes values and masks again. Where a quantiser needs its input for
+its own gradient (a learned step), the convolution keeps that input and quantises it again: one tensor in place of two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,6 +80,27 @@ def coded_convolution(
     return _Coded.apply(anchor(x), x.detach(), weight, probabilities, maximum, layer)
 
 
+def requantized_convolution(
+    x: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    again: Callable[[Tensor], Tensor],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """conv(value, weight) that keeps x, not value, with gradients of any order.
+
+    `again(x)` is value, without gradient: x went through a quantiser that keeps x as well.
+    """
+    layer = _Layer((), False, _pair(stride), _pair(padding), _pair(dilation), groups)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return layer.convolve(value, weight)
+    return _Requantized.apply(anchor(value), value.detach(), x.detach(), weight, again, layer)
+
+
 def _pair(value: int | Sequence[int]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
@@ -138,6 +160,28 @@ class _Coded(torch.autograd.Function):
         return found[0], None, found[1], found[2], None, None
 
 
+class _Requantized(torch.autograd.Function):
+    """The convolution of `value`; `place` (its anchor) receives the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx, place: Tensor, value: Tensor, x: Tensor, weight: Tensor, again: Callable[[Tensor], Tensor], layer: _Layer
+    ) -> Tensor:
+        ctx.save_for_backward(place, x, weight)
+        ctx.again, ctx.layer = again, layer
+        return layer.convolve(value, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
+        place, x, weight = ctx.saved_tensors
+        with torch.no_grad():
+            value = ctx.again(x)
+        if torch.is_grad_enabled():
+            value = straight_through(place, value)
+        image, weights = _back(gradient, value, weight, ctx.layer, (ctx.needs_input_grad[0], ctx.needs_input_grad[3]))
+        return image, None, None, weights, None, None
+
+
 _Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 _Wanted = tuple[bool, bool, bool]
 
@@ -167,9 +211,20 @@ def _gradients(operand: Operand, weight: Tensor, gradient: Tensor, layer: _Layer
         weights = None if weights is None else weights.to(weight.dtype).view(weight.shape)
         p = None if p is None else p.to(weight.dtype)
         return None if rows is None else _image(rows), weights, p
-    d_image, weights, _ = torch.ops.aten.convolution_backward(
+    d_image, weights = _back(gradient, _image(decode(operand)), weight, layer, (wanted[0] or wanted[2], wanted[1]))
+    if d_image is None:
+        return None, weights, None
+    d_rows, p = decode_backward(operand, _rows(d_image), wanted[2])
+    return _image(d_rows) if wanted[0] else None, weights, p
+
+
+def _back(
+    gradient: Tensor, x: Tensor, weight: Tensor, layer: _Layer, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a plain convolution's input and weight, each where it is wanted."""
+    image, weights, _ = torch.ops.aten.convolution_backward(
         gradient,
-        _image(decode(operand)),
+        x,
         weight,
         None,
         layer.stride,
@@ -178,12 +233,9 @@ def _gradients(operand: Operand, weight: Tensor, gradient: Tensor, layer: _Layer
         False,
         (0, 0),
         layer.groups,
-        (wanted[0] or wanted[2], wanted[1], False),
+        (*wanted, False),
     )
-    if d_image is None:
-        return None, weights, None
-    d_rows, p = decode_backward(operand, _rows(d_image), wanted[2])
-    return _image(d_rows) if wanted[0] else None, weights, p
+    return image, weights
 
 
 def _differentiable(

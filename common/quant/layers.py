@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.quant import kernels
-from common.quant.coded import coded_convolution
+from common.quant.coded import coded_convolution, requantized_convolution
 from common.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
     FLOAT_BITS,
@@ -88,21 +88,17 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """x [B, in, H, W] -> [B, out, H', W']; `relu`: of max(x, 0)."""
-        weight = self.quantize_weight(self.weight)
-        if not self.folds_relu:
-            return self._conv_forward(self.quantize_activation(F.relu(x) if relu else x), weight, self.bias)
-        quantizer = self.quantize_activation
-        out = coded_convolution(
-            x,
-            weight,
-            bits=(quantizer.bits,),
-            maximum=quantizer.range(x) if quantizer.range is not None else None,
-            relu=relu,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+        weight, quantizer = self.quantize_weight(self.weight), self.quantize_activation
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        if self.folds_relu:
+            maximum = quantizer.range(x) if quantizer.range is not None else None
+            out = coded_convolution(x, weight, bits=(quantizer.bits,), maximum=maximum, relu=relu, **geometry)
+        else:
+            x = F.relu(x) if relu else x
+            value = quantizer(x)
+            if type(quantizer) is not LsqQuantizer:
+                return self._conv_forward(value, weight, self.bias)
+            out = requantized_convolution(x, value, weight, quantizer.quantize, **geometry)
         return out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
 
 

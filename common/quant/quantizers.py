@@ -12,6 +12,7 @@ Vasconcelos, CVPR 2020) for 1 to 4 bits; uniform ranges for 8 bits; LSQ (Esser e
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -296,14 +297,24 @@ class LsqQuantizer(nn.Module):
         self.bottom = -(2 ** (bits - 1)) if signed else 0
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+        self.seen = False  # whether `ready` is known to be true, without reading the device
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise x with the learned step; the first call in training sets the step."""
-        if self.training:
+        if self.training and not self.seen:
+            self.seen = True
             with torch.no_grad():
                 first = (2 * x.detach().abs().mean() / self.top**0.5).clamp_min(1e-8).to(self.step.dtype)
                 self.step.copy_(torch.where(self.ready, self.step, first))
                 self.ready.fill_(True)
+        return self.quantize(x)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.seen = False
+        super()._load_from_state_dict(*arguments)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """x at the present step."""
         numel = x[0].numel() if self.per_sample else x.numel()
         return lsq(x, self.step, self.bottom, self.top, (numel * self.top) ** -0.5)
 
@@ -324,9 +335,29 @@ def lsq(x: Tensor, step: Tensor, bottom: int, top: int, gradient_scale: float) -
     scaled = step * gradient_scale
     step = scaled + (step - scaled).detach()
     step = torch.where(step > 0, step.clamp_min(1e-8), step.clamp_max(-1e-8)).to(x.dtype)
-    v = x / step
-    v = torch.where(v <= bottom, torch.full_like(v, bottom), torch.where(v >= top, torch.full_like(v, top), v))
-    return (v + (v.round() - v).detach()) * step
+    return _Lsq.apply(x, step, bottom, top)
+
+
+class _Lsq(torch.autograd.Function):
+    """round(clip(x / step, bottom, top)) step, by gradients written out; x alone is kept, of x's size."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, bottom: int, top: int) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.bounds = (bottom, top)
+        return (x / step).clamp_(bottom, top).round_().mul_(step)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, step = ctx.saved_tensors
+        bottom, top = ctx.bounds
+        v = x / step
+        inside = (v > bottom) & (v < top)
+        level = v.detach().clamp(bottom, top).round_()
+        if torch.is_grad_enabled():  # rounding is straight through here too
+            level = torch.where(inside, v + (level - v).detach(), level)
+        to_x = torch.where(inside, gradient, 0.0)  # a product would first make a float of the mask
+        return to_x, (gradient * level).sum() - (to_x * v).sum(), None, None
 
 
 QuantizerFactory = Callable[..., nn.Module]
