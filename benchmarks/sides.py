@@ -111,7 +111,10 @@ class FusedSide:
 
 
 class PlainSide:
-    """The edge-by-edge network under ordinary optimisers: both steps differentiate everything, as backward() does."""
+    """The edge-by-edge network under ordinary optimisers: both steps differentiate everything, as backward() does.
+
+    `tuned` takes the fused optimisers: Adam in torch's default form reads its step counts back.
+    """
 
     def __init__(self, setting: Setting, tuned: bool) -> None:
         torch.manual_seed(0)
@@ -119,12 +122,13 @@ class PlainSide:
         weights, gammas = self.model.weight_parameters(), self.model.gamma_parameters()
         self.weights = weights
         defaults = SearchSettings(epochs=1)
-        own = {"momentum": defaults.momentum, "weight_decay": defaults.weight_decay}
+        fused = {"fused": tuned}
+        own = {"momentum": defaults.momentum, "weight_decay": defaults.weight_decay, **fused}
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(weights, lr=defaults.learning_rate, **own)]
         if gammas:
-            own = {"momentum": defaults.gamma_momentum, "weight_decay": defaults.gamma_weight_decay}
+            own = {"momentum": defaults.gamma_momentum, "weight_decay": defaults.gamma_weight_decay, **fused}
             self.optimizers.append(torch.optim.SGD(gammas, lr=defaults.gamma_learning_rate, **own))
-        rates = {"lr": defaults.arch_learning_rate, "weight_decay": defaults.arch_weight_decay}
+        rates = {"lr": defaults.arch_learning_rate, "weight_decay": defaults.arch_weight_decay, **fused}
         self.adam = torch.optim.Adam(self.model.arch_parameters(), betas=defaults.arch_betas, **rates)
         self.clip = defaults.grad_clip
         self.model.train()

@@ -40,9 +40,10 @@ def test_full_precision_equals_oracle(oracle: Any, method: str, stem: str) -> No
         close(parameter.grad, gradient)
 
 
-def test_quantised_equals_oracle(oracle: Any) -> None:
+@pytest.mark.parametrize("tuned", [False, True])
+def test_quantised_equals_oracle(oracle: Any, tuned: bool) -> None:
     truth = oracle("qdarts")["forward"]["results"]["allow8bit_False"]
-    net = PlainSupernet(method="pc-darts", bits=(2, 4), scheme="reference")
+    net = PlainSupernet(method="pc-darts", bits=(2, 4), scheme="reference", tuned=tuned)
     net = fill_reference_gammas(fill_logits(fill(net)))
     logits = net(oracle_batch())
     close(logits, truth["train_logits"])
