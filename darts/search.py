@@ -54,10 +54,17 @@ def recipe_of_method(config: Config) -> dict[str, Any]:
     return config.open_among(recipe | (FAST[config.method] if config.preset == "fast" else {}))
 
 
+def check_eigenvalue(config: Config) -> list[str]:
+    """The eigenvalue is a second derivative."""
+    if not (config.track_eigenvalue and config.compile):
+        return []
+    return ["--track-eigenvalue: compiled code is not differentiated twice; drop it, or --compile"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Search as the flags say; the exit code."""
     given = sys.argv[1:] if argv is None else argv
-    config = resolve_search(make_parser(), given, PRESETS, derive=[recipe_of_method])
+    config = resolve_search(make_parser(), given, PRESETS, derive=[recipe_of_method], validate=[check_eigenvalue])
 
     def work() -> None:
         from common.recipes.search import run_search

@@ -14,7 +14,15 @@ from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import build_network, load_architecture
 from common.recipes.search_setup import PreparedSearch, cost_term, target_controller
-from common.recipes.setup import load_data, prepare_torch, shorten, stem_of, training_stream
+from common.recipes.setup import (
+    lay_out,
+    load_data,
+    prepare_compiler,
+    prepare_torch,
+    shorten,
+    stem_of,
+    training_stream,
+)
 from common.recipes.train import start_from
 from qsubnet.cost import SubnetCost
 from qsubnet.subnet import Subnet
@@ -39,15 +47,15 @@ def prepare_subnet(config: Config) -> PreparedSearch:
         classifier_bits=config.classifier_bits,
     )
     notes = [start_from(network, config.init_from)] if config.init_from is not None else []
-    subnet = Subnet(network, tuple(config.bits), scheme=config.scheme, signed_activations=config.signed_activations).to(
-        device
-    )
+    subnet = Subnet(network, tuple(config.bits), scheme=config.scheme, signed_activations=config.signed_activations)
+    lay_out(subnet, config).to(device)
     cost = SubnetCost(subnet, info.image_size, accounting=config.cost_accounting).to(device)
     data = data.to(device)
     loop, held = _loop_arguments(config, data, subnet, cost, device)
     prepared = PreparedSearch(config, device, data, subnet, cost, loop, held, notes)
     prepared.notes.insert(0, _describe(prepared))
     if config.compile:
+        prepare_compiler()
         subnet.compile()
     return prepared
 

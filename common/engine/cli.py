@@ -8,6 +8,9 @@ the rules across flags that go to `resolve`. The papers' spellings (`--cd`, `--a
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +275,8 @@ def add_run_flags(parser: Parser, stage: str) -> None:
     add.switch("--use-data-parallel", False, "several GPUs; torchrun starts the processes, and is asked for otherwise")
     add.choice("--precision", "fp32|bf16", "fp32", "bf16: autocast")
     add.switch("--compile", False, "torch.compile the network")
+    dense = "keep images along dense channels, faster for depthwise convolutions (--no-channels-last: along rows)"
+    add.switch("--channels-last", True, dense)
     add.value("--threads", integer(1), None, "N", "CPU threads of torch (default: torch's choice)")
     add.value("--save", Path, None, "DIR", "the run's folder (default: a new one under --runs)")
     add.value("--runs", Path, Path("runs"), "DIR", "where new run folders are made")
@@ -331,6 +336,7 @@ def check_run(config: Config) -> list[str]:
 
         if not torch.cuda.is_available():
             errors.append("--device: cuda was asked for, but torch sees no GPU; use --device cpu, or see doctor.py")
+    errors += _check_computing(config)
     for dest in ("stem_bits", "classifier_bits"):
         if getattr(config, dest) == 1:
             errors.append(f"{_flag(dest)}: 1 bit leaves a signed input no level but zero; use 2-4, 8 or 32")
@@ -345,6 +351,23 @@ def check_run(config: Config) -> list[str]:
     for flag, path in (("--data", config.data), ("--save", config.save), ("--runs", config.runs)):
         if path is not None and path.is_file():
             errors.append(f"{flag}: {path} is a file; give a folder")
+    return errors
+
+
+def _check_computing(config: Config) -> list[str]:
+    """Whether this machine can compute as --compile and --precision ask."""
+    if not config.compile and config.precision == "fp32":
+        return []
+    import torch
+
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    errors, compiler = [], os.environ.get("CXX", "g++")
+    if config.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        errors.append("--precision: this GPU has no bf16 (it takes compute capability 8.0); use fp32")
+    if config.compile and on_gpu and importlib.util.find_spec("triton") is None:
+        errors.append("--compile: needs Triton on a GPU; pip install triton, or leave --compile out")
+    if config.compile and not on_gpu and shutil.which(compiler) is None:
+        errors.append(f"--compile: needs a C++ compiler on the CPU, and there is no {compiler}; install it or set CXX")
     return errors
 
 
@@ -384,6 +407,8 @@ def check_search(config: Config) -> list[str]:
         errors.append(f"--init-from: {config.init_from} is no folder; give the folder of a search")
     if config.explicit("second_order") and not config.unrolled:
         errors.append("--second-order: only has a meaning with --unrolled; add it")
+    if config.compile and config.unrolled and config.second_order == "exact":
+        errors.append("--compile: compiled code is not differentiated twice; add --second-order finite-difference")
     if config.gamma_level == "upper" and config.explicit("gamma_learning_rate"):
         errors.append(
             "--gamma-learning-rate: with --gamma-level upper the bits move by --arch-learning-rate; drop one of the two"

@@ -228,6 +228,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("usage", "%(prog)s [flags]")
         super().__init__(prog=prog, description=description, allow_abbrev=False, **kwargs)
         self.ignored: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         self.fixed: dict[str, Any] = {}
 
     def find(self, name: str) -> argparse.Action | None:
@@ -247,6 +248,14 @@ class Parser(argparse.ArgumentParser):
         """Accept flags (with or without a value) that mean nothing here; `resolve` says so with `reason`."""
         for name in names:
             self.ignored[name] = reason
+            self.add_argument(
+                name, action=Translation, to=lambda value: {}, nargs="?", const="", help=argparse.SUPPRESS
+            )
+
+    def refuse(self, reason: str, *names: str) -> None:
+        """Flags of other programs that this one cannot follow; `resolve` refuses them with `reason`."""
+        for name in names:
+            self.refused[name] = reason
             self.add_argument(
                 name, action=Translation, to=lambda value: {}, nargs="?", const="", help=argparse.SUPPRESS
             )
@@ -485,6 +494,9 @@ def _accept(
     canonical = "--" + name.lstrip("-").replace("_", "-") if len(name) > 2 else name
     if canonical in parser.ignored:
         print(f"note: {name} is accepted and ignored: {parser.ignored[canonical]}", file=sys.stderr)
+        return
+    if canonical in parser.refused:
+        errors.refuse(action, f"{name}: {parser.refused[canonical]}")
         return
     try:
         value = _converted(action, raw)

@@ -46,15 +46,15 @@ class Cell(nn.Module):
         self.states = tuple(state for _, state in pairs)
         self.concat, self.reduction, self.channels = concat, plan.reduction, channels
 
-    def forward(self, before_last: Tensor, last: Tensor, drop_path_probability: float) -> Tensor:
-        """Outputs of the two cells before -> [B, len(concat) * channels, H, W]."""
+    def forward(self, before_last: Tensor, last: Tensor, dropping: float | Tensor | None) -> Tensor:
+        """Outputs of the two cells before, probability of dropping a path -> [B, len(concat) * channels, H, W]."""
         states = [self.preprocess0(before_last), self.preprocess1(last)]
         for node in range(len(self.operations) // 2):
             parts = []
             for k in (2 * node, 2 * node + 1):
                 part = self.operations[k](states[self.states[k]])
-                if self.training and drop_path_probability > 0 and not isinstance(self.operations[k], nn.Identity):
-                    part = drop_path(part, drop_path_probability)
+                if dropping is not None and not isinstance(self.operations[k], nn.Identity):
+                    part = drop_path(part, dropping)
                 parts.append(part)
             states.append(parts[0] + parts[1])
         return torch.cat([states[s] for s in self.concat], 1)
@@ -108,7 +108,12 @@ def imagenet_stems(
 
 
 class Network(nn.Module):
-    """A network of `layers` chosen cells. `drop_path_probability` may be set between steps (training only)."""
+    """A network of `layers` chosen cells. `drop_path_probability` may be set between steps (training only).
+
+    `memory_format` is how images are held in memory, from the input on.
+    """
+
+    memory_format = torch.channels_last
 
     def __init__(
         self,
@@ -129,7 +134,9 @@ class Network(nn.Module):
         multipliers = (len(genotype.normal_concat), len(genotype.reduce_concat))
         plans = plan_cells(layers, init_channels, stem, *multipliers)
         self.architecture, self.stem_kind, self.in_channels = architecture, stem, in_channels
-        self.drop_path_probability = 0.0
+        # The same number twice: compiled code reads the tensor, which may change without compiling again.
+        self.register_buffer("_drop_path", torch.zeros(()), persistent=False)
+        self._drops_paths, self._drop_path_probability = False, 0.0
         image_conv = partial(make_conv, weight_bits=stem_bits, activation_bits=stem_bits, signed=True)
         inner_conv = partial(make_conv, weight_bits=stem_bits, activation_bits=stem_bits)
         if stem == "cifar":
@@ -152,18 +159,33 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images [B, in_channels, H, W] -> (logits [B, classes], the auxiliary head's, or None outside training)."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=self.memory_format)
         if self.stem_kind == "cifar":
             before_last = last = self.stem(x)
         else:
             before_last = self.stem0(x)
             last = self.stem1(before_last)
-        auxiliary = None
+        auxiliary, dropping = None, self._dropping()
         for index, cell in enumerate(self.cells):
-            before_last, last = last, cell(before_last, last, self.drop_path_probability)
+            before_last, last = last, cell(before_last, last, dropping)
             if index == self.auxiliary_index and self.auxiliary_head is not None and self.training:
                 auxiliary = self.auxiliary_head(last)
         return self.classifier(last.mean((2, 3))), auxiliary
+
+    @property
+    def drop_path_probability(self) -> float:
+        """Probability with which training drops a path, for each image of its own."""
+        return self._drop_path_probability
+
+    @drop_path_probability.setter
+    def drop_path_probability(self, probability: float) -> None:
+        self._drop_path_probability, self._drops_paths = probability, probability > 0
+        self._drop_path.fill_(probability)
+
+    def _dropping(self) -> float | Tensor | None:
+        if not (self.training and self._drops_paths):
+            return None
+        return self._drop_path if torch.compiler.is_compiling() else self._drop_path_probability
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Every parameter, the learned quantiser steps included."""

@@ -220,7 +220,7 @@ def preprocess(conv: ConvFactory, norm: NormFactory, c_in: int, c_out: int, halv
     return (FactorizedReduce if halve else ReLUConvBN)(conv, norm, c_in, c_out)
 
 
-def drop_path(x: Tensor, probability: float) -> Tensor:
+def drop_path(x: Tensor, probability: float | Tensor) -> Tensor:
     """Zero whole samples of x [B, ...] with `probability`, scale the rest to keep the mean (Larsson et al., 2017)."""
     keep = 1.0 - probability
     mask = torch.empty(x.shape[0], *(1,) * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)

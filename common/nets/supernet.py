@@ -277,6 +277,8 @@ class Supernet(nn.Module):
     cell type, in primitive order (`rows`).
     """
 
+    memory_format = torch.channels_last
+
     def __init__(
         self,
         *,
@@ -403,7 +405,7 @@ class Supernet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_channels, H, W] -> logits [B, classes]."""
         # depthwise convolutions and the mixing of levels both run along dense channels
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=self.memory_format)
         bank = self._bank()
         alphas = {False: self.alphas_normal.softmax(-1), True: self.alphas_reduce.softmax(-1)}
         betas: dict[bool, Tensor | None] = {False: None, True: None}

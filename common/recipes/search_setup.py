@@ -19,7 +19,15 @@ from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import Supernet, build_supernet
 from common.recipes.own_space import load_search_space
-from common.recipes.setup import load_data, prepare_torch, shorten, stem_of, training_stream
+from common.recipes.setup import (
+    lay_out,
+    load_data,
+    prepare_compiler,
+    prepare_torch,
+    shorten,
+    stem_of,
+    training_stream,
+)
 from genotypes import PRIMITIVES
 
 
@@ -83,13 +91,14 @@ def prepare_search(config: Config, supernet: Callable[..., Supernet] | None = No
         stem_bits=config.stem_bits,
         classifier_bits=config.classifier_bits,
     ).to(device)
-    model.to(device)
+    lay_out(model, config).to(device)
     data = data.to(device)
     loop, indices = _loop_arguments(config, data, model, cost, device)
     prepared = PreparedSearch(config, device, data, model, cost, loop, indices, notes)
     prepared.notes.insert(0, _describe(prepared))
     if config.compile:
-        _compile(model, loop["settings"])
+        prepare_compiler()
+        model.compile()
     return prepared
 
 
@@ -170,15 +179,6 @@ def _arch_term(
     if config.gamma_level == "lower" or not config.complexity_decay:
         return cost_term(cost, config.arch_complexity_decay, controller)
     return cost_term(cost, config.complexity_decay, controller, config.arch_complexity_decay / config.complexity_decay)
-
-
-def _compile(model: Supernet, settings: SearchSettings) -> None:
-    if settings.order == "exact":
-        raise ValueError("--compile: compiled code is not differentiated twice; use --second-order finite-difference")
-    import torch._dynamo
-
-    torch._dynamo.config.suppress_errors = True
-    model.compile()
 
 
 def _start_from(model: Supernet, run: Path) -> str:

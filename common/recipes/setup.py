@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.data import ImageData, Stream, load
 from common.engine import Run, distributed
@@ -44,6 +44,23 @@ def prepare_torch(config: Config) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     return distributed.join(kind) if distributed.launched() else torch.device(kind)
+
+
+def lay_out(model: nn.Module, config: Config) -> nn.Module:
+    """Tell the networks within `model` how to hold their images in memory (--channels-last), and return it."""
+    if not config.channels_last:
+        for module in model.modules():
+            if hasattr(module, "memory_format"):
+                module.memory_format = torch.contiguous_format
+        model.to(memory_format=torch.contiguous_format)
+    return model
+
+
+def prepare_compiler() -> None:
+    """Before torch.compile: what the compiler cannot take runs as it is, and torch says so."""
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True
 
 
 def training_stream(

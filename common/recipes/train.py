@@ -26,7 +26,16 @@ from common.engine.train_loop import TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
 from common.recipes.elapsed import time_before
 from common.recipes.matching import match_channels, matching_text
-from common.recipes.setup import load_data, open_run, prepare_torch, shorten, stem_of, training_stream
+from common.recipes.setup import (
+    lay_out,
+    load_data,
+    open_run,
+    prepare_compiler,
+    prepare_torch,
+    shorten,
+    stem_of,
+    training_stream,
+)
 from common.recipes.trained import (
     EVALUATION_BATCH,
     cost_text,
@@ -103,7 +112,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     notes = [_describe(config, architecture, data, cost)] + ([matching_text(matched)] if matched else [])
     if config.init_from is not None:
         notes.append(start_from(network, config.init_from))
-    network.to(device)
+    lay_out(network, config).to(device)
     return Prepared(config, device, data.to(device), architecture, build, network, cost, notes, matched)
 
 
@@ -159,7 +168,10 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
     stream, held_out = _streams(prepared)
     settings = training_settings(config)
     teacher = _teacher(prepared)
-    forward = _compiled(prepared.network) if config.compile else None
+    forward = None
+    if config.compile:
+        prepare_compiler()
+        forward = torch.compile(prepared.network)
     arguments = {
         "criterion": nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
         "num_classes": prepared.data.info.num_classes,
@@ -234,14 +246,6 @@ def _teacher(prepared: Prepared) -> Network | None:
             )
     prepared.notes.append(f"teacher: {prepared.config.teacher}, {info['method']} on {info['dataset']}")
     return teacher.to(prepared.device).requires_grad_(False)
-
-
-def _compiled(network: nn.Module) -> Callable[[Tensor], Any]:
-    """torch.compile; what it cannot compile runs as it is."""
-    import torch._dynamo
-
-    torch._dynamo.config.suppress_errors = True
-    return torch.compile(network)
 
 
 def _dry_run(

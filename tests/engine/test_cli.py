@@ -364,3 +364,28 @@ def test_help_is_quick_and_works_anywhere(tmp_path: Path, root: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--arch NAME|FILE|RUN" in done.stdout
+
+
+def test_what_this_machine_cannot_compute_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = ("--compile", "--unrolled", "--second-order", "exact")
+    assert "--compile: compiled code is not differentiated twice" in refused(capsys, search, *exact)
+    assert search("--compile", "--unrolled", "--second-order", "finite-difference").compile
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for run in (search, training):
+        said = refused(capsys, run, "--compile", "--device", "cpu")
+        assert "--compile: needs a C++ compiler on the CPU, and there is no no-such-compiler" in said
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert "--precision: this GPU has no bf16" in refused(capsys, training, "--precision", "bf16")
+    assert training("--precision", "bf16", "--device", "cpu").precision == "bf16"
+
+
+def test_a_program_may_refuse_flags_of_its_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.Parser(prog="p")
+    parser.refuse("nothing is compiled here; leave it out", "--compile")
+    with pytest.raises(SystemExit) as caught:
+        cli.resolve(parser, ["--compile"])
+    assert caught.value.code == 2
+    assert "--compile: nothing is compiled here; leave it out" in capsys.readouterr().err

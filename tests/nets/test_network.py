@@ -238,6 +238,34 @@ def test_drop_path_acts_in_training_only_and_never_on_the_identity() -> None:
     assert torch.equal(cell(*states, 0.9), cell(*states, 0.0))
 
 
+def test_a_growing_drop_path_compiles_once_more_and_not_every_epoch() -> None:
+    """Without it and with it: two programs, whatever the probability; it drops what it is told to."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch.manual_seed(0)
+    model, counter = network("PC_DARTS", layers=1).train(), CompileCounter()
+    compiled, x = torch.compile(model, backend=counter), torch.randn(4, 3, 16, 16)
+    outputs = []
+    for probability in (0.0, 0.1, 0.2, 0.3):
+        model.drop_path_probability = probability
+        outputs += [compiled(x)[0] for _ in range(2)]
+    assert counter.frame_count == 2
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[6], outputs[7])
+    assert model.drop_path_probability == 0.3 and "_drop_path" not in model.state_dict()
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_images_are_held_as_told_and_the_function_is_the_same(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = network("PC_DARTS", bits=(4, 4)).double().eval()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected, seen = model(x)[0], []
+    model.memory_format = memory_format
+    model.stem[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.testing.assert_close(model(x)[0], expected)
+    assert seen[0].is_contiguous(memory_format=memory_format)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -327,3 +327,11 @@ def test_what_does_not_fit_is_refused(
             quantize.main([str(source), *flags])
         assert stop.value.code == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--precision=bf16", "--channels-last", "--checkpoint-cells"])
+def test_flags_of_trainings_are_refused_with_the_reason(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        quantize.resolved(["anywhere", flag])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and flag.split("=")[0] in said and "leave it out" in said
