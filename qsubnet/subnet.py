@@ -45,9 +45,9 @@ class SearchedConv2d(MixedQuantConv2d):
         self.gamma_weight = nn.Parameter(torch.full((len(bits),), LOGIT))
         self.gamma_activation = nn.Parameter(torch.full((len(bits),), LOGIT))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in, H, W] -> [B, out, H', W']."""
-        return super().forward(x, self.gamma_activation.softmax(-1), self.gamma_weight.softmax(-1))
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """x [B, in, H, W] -> [B, out, H', W']; `relu`: of max(x, 0)."""
+        return super().forward(x, self.gamma_activation.softmax(-1), self.gamma_weight.softmax(-1), relu)
 
 
 class Subnet(nn.Module):

@@ -126,6 +126,7 @@ def _trace(module: nn.Module, input_shape: Sequence[int], device: str, images: i
         if isinstance(layer, (QuantConv2d, QuantLinear)):  # no shape depends on them, and they are most of the time
             layer.quantize_weight = layer.quantize_activation = nn.Identity()
         elif isinstance(layer, MixedQuantConv2d):
+            layer.mix_activation = None  # without it no ReLU is folded into the layer
             layer.forward = partial(nn.Conv2d.forward, layer)
     found: list[LayerShape] = []
     names = {m: name for name, m in module.named_modules()}

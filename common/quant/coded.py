@@ -66,7 +66,7 @@ def coded_convolution(
         relu: whether x is to pass a ReLU first (its gradient is zero at zero, that of HWGQ is not).
     """
     layer = _Layer(bits, relu, _pair(stride), _pair(padding), _pair(dilation), groups)
-    if not _takes(x, weight, bits):
+    if not codable(x, weight, bits):
         return _plain(x, weight, layer, probabilities, maximum)
     if weight.shape[2:] == (1, 1) and layer.padding == (0, 0) and layer.stride != (1, 1):
         x = x[:, :, :: layer.stride[0], :: layer.stride[1]]  # the other pixels are read by nobody
@@ -105,8 +105,8 @@ def _pair(value: int | Sequence[int]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _takes(x: Tensor, weight: Tensor, bits: tuple[int, ...]) -> bool:
-    """Whether the native kernels can compute it."""
+def codable(x: Tensor, weight: Tensor, bits: tuple[int, ...]) -> bool:
+    """Whether the native kernels can compute it; elsewhere `coded_convolution` is plain operations."""
     low = bits[:-1] if bits[-1] == 8 else bits
     fits = x.numel() > 0 and x.dtype == weight.dtype and all(b in LOW_BITS for b in low)
     return fits and kernels.usable(x)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.quant import kernels
-from common.quant.coded import coded_convolution, requantized_convolution
+from common.quant.coded import codable, coded_convolution, requantized_convolution
 from common.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
     FLOAT_BITS,
@@ -307,25 +307,46 @@ class MixedQuantConv2d(nn.Conv2d):
             MixedActivation(bits, scheme=scheme, signed_activations=signed_activations) if executed else None
         )
 
-    def forward(self, x: Tensor, activation_probabilities: Tensor, weight_probabilities: Tensor) -> Tensor:
-        """x [B, in, H, W], probabilities [bits] each -> [B, out, H', W']."""
-        assert self.mix_activation is not None, "this convolution is computed by its cell"
-        mixed = self.mix_activation(x, activation_probabilities.unsqueeze(0))
+    @property
+    def folds_relu(self) -> bool:
+        """Whether a ReLU before it is better left to `forward`: where quantisers and convolution are one function."""
+        return self.mix_activation is not None and self.mix_activation.coded
+
+    def forward(
+        self, x: Tensor, activation_probabilities: Tensor, weight_probabilities: Tensor, relu: bool = False
+    ) -> Tensor:
+        """x [B, in, H, W], probabilities [bits] each -> [B, out, H', W']; `relu`: of max(x, 0)."""
+        levels, p = self.mix_activation, activation_probabilities.unsqueeze(0)
+        assert levels is not None, "this convolution is computed by its cell"
         weight = mix_weights(self.weight.unsqueeze(0), weight_probabilities.unsqueeze(0), self.bits, self.scheme)
-        return self._conv_forward(mixed, weight.squeeze(0), None)
+        weight = weight.squeeze(0)
+        if not (levels.coded and codable(x, weight, self.bits)):
+            return self._conv_forward(levels(F.relu(x) if relu else x, p), weight, None)
+        return coded_convolution(
+            x,
+            weight,
+            bits=self.bits,
+            probabilities=p,
+            maximum=levels.range(x) if levels.range is not None else None,
+            relu=relu,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
 
 
 @contextmanager
 def frozen_ranges(module: nn.Module) -> Iterator[None]:
     """Within it, forwards leave every running range of `module` untouched (architecture step, second-order passes)."""
-    ranges = [m for m in module.modules() if isinstance(m, RunningMaximum)]
-    for one in ranges:
+    ranges = [(m, m.frozen) for m in module.modules() if isinstance(m, RunningMaximum)]
+    for one, _ in ranges:
         one.frozen = True
     try:
         yield
     finally:
-        for one in ranges:
-            one.frozen = False
+        for one, before in ranges:
+            one.frozen = before
 
 
 def step_parameters(module: nn.Module) -> list[nn.Parameter]:
