@@ -239,12 +239,13 @@ class Worker:
         self.process.stdout.close()
 
 
-def serve(answers: dict[str, Callable[[], Any]]) -> None:
-    """The worker's end: answer each request line from `answers` until the input ends; prints go to stderr."""
+def serve(build: Callable[[], dict[str, Callable[[], Any]]]) -> None:
+    """The worker's end: answer each request line from what `build()` gives; whatever is printed goes to stderr."""
     out: IO[str] = sys.stdout
     sys.stdout = sys.stderr
+    known = build()
     for line in sys.stdin:
-        out.write(json.dumps(answers[line.strip()]()) + "\n")
+        out.write(json.dumps(known[line.strip()]()) + "\n")
         out.flush()
 
 

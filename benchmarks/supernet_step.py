@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure both sides and deliver the figures."""
     args = parse(argv)
     if args.worker:
-        serve(args)
+        measuring.serve(lambda: answers(args))
         return 0
     options = flags_of(args)
     if args.second_order:
@@ -135,12 +136,13 @@ def ratios(
 def table(result: dict[str, Any]) -> str:
     """The figures as a table."""
     setting, (ours, theirs) = result["setting"], result["sides"].values()
+    ours_label = "fused" if setting["order"] == "first" else setting["order"]
     bits = "full precision" if setting["bits"] is None else f"bits {', '.join(map(str, setting['bits']))}"
     rows = [
         f"{setting['method']}, {bits}, batch {setting['batch_size']}, {setting['init_channels']} channels, "
         f"{setting['layers']} cells, {setting['image_size']} pixels; {result['threads']} thread(s), n = {result['n']}",
         "",
-        f"| | fused | {result['against']} | ratio |",
+        f"| | {ours_label} | {result['against']} | ratio |",
         "| --- | ---: | ---: | ---: |",
     ]
     for label, name in (("architecture step", STEPS[0]), ("weight step", STEPS[1]), ("iteration", "iteration")):
@@ -154,21 +156,21 @@ def table(result: dict[str, Any]) -> str:
             a, b = ours["counts"][step][what], theirs["counts"][step][what]
             ratio = f"{b / a:.2f}" if a else ""
             rows.append(f"| {label}, {step.replace('_', ' ')} | {a:,} | {b:,} | {ratio} |")
-    rows.append(f"\nData pipeline: {100 * result['data_share']:.2f}% of a fused iteration")
+    rows.append(f"\nData pipeline: {100 * result['data_share']:.2f}% of an iteration of the first")
     return "\n".join(rows)
 
 
 # ------------------------------------------------------------------------------------------------ one side's process
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Hold one side, and answer the requests of `compare`."""
+def answers(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """One side, and what `compare` asks of it."""
     torch.set_num_threads(args.threads)
     setting = setting_of(args)
     side = build_side(args.worker, setting)
     small = replace(setting, batch_size=2).batches()
     known = measuring.answers(side, STEPS, setting.batches(), small)
-    measuring.serve({**known, "data": lambda: data_seconds(setting)})
+    return {**known, "data": lambda: data_seconds(setting)}
 
 
 def data_seconds(setting: Setting, images: int = 10_000) -> float:

@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     setting = setting_of(args)
     if args.worker:
         torch.set_num_threads(args.threads)
-        side = TrainingSide(args.worker, setting)
-        measuring.serve(measuring.answers(side, STEPS, setting.batch(), setting.batch(2)))
+        batches = setting.batch(), setting.batch(2)
+        measuring.serve(lambda: measuring.answers(TrainingSide(args.worker, setting), STEPS, *batches))
         return 0
     names = ("batch_size", "init_channels", "layers", "image_size", "threads")
     options = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
