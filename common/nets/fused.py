@@ -33,27 +33,24 @@ from common.quant.kernels import usable
 from common.quant.kernels.levels import Operand, encode
 from common.quant.kernels.pooling import (
     JOINED_MOST,
-    KINDS,
     MAXIMUM,
     MEAN,
     SELF,
+    Shared,
     dense_pixels,
     join,
     join_backward,
-    pool_moments,
-    shared_backward,
-    shared_forward,
-    shared_sums,
+    share,
+    share_backward,
 )
 from common.quant.kernels.separable import (
     Folded,
+    Running,
     Window,
     depthwise,
-    fold,
-    fold_backward,
-    moments,
+    normalise,
     pointwise,
-    pointwise_sums,
+    pointwise_backward,
     separable_backward,
 )
 
@@ -91,7 +88,6 @@ class _Half:
     image: Operand
     middle: Operand
     folded: Folded
-    strength: Tensor
 
 
 class _FusedEdges(torch.autograd.Function):
@@ -108,13 +104,13 @@ class _FusedEdges(torch.autograd.Function):
     ) -> Tensor:
         x_in = x.permute(0, 2, 3, 1).contiguous()
         entry = _operand(x_in, entry_levels, maximum, groups=1, relu=True)
-        shared = _share(edges, x_in, strengths)
-        out = None if shared is None else shared_forward(x_in, edges.stride, shared.kinds, shared.scale, shared.bias)
+        own_strengths, *own_weights = (t.contiguous() for t in (strengths, *weights))
+        out, shared = _share(edges, x_in, own_strengths)
         halves: list[_Half] = []
         for k, primitive in enumerate(edges.separable):
-            own = weights[len(halves) * 2 :]
+            own = own_weights[len(halves) * 2 :]
             probabilities = None if rows is None else rows[k].contiguous()
-            out, found = _primitive_forward(primitive, entry, probabilities, strengths[:, k].contiguous(), own, out)
+            out, found = _primitive_forward(primitive, entry, probabilities, (own_strengths, k), own, out)
             halves += found
         assert out is not None
         ctx.edges, ctx.entry_levels = edges, entry_levels
@@ -139,7 +135,7 @@ class _FusedEdges(torch.autograd.Function):
             total.back(k, primitive, halves[first : first + count], first, g)
             first += count
         if shared is not None:
-            total.back_shared(ctx.edges, shared, x.permute(0, 2, 3, 1).contiguous(), g)
+            total.back_shared(shared, x.permute(0, 2, 3, 1).contiguous(), g)
         x_gradient = None if total.x is None else total.x.permute(0, 3, 1, 2)
         return (None, None, x_gradient, None, total.strengths, total.rows, *total.weights)
 
@@ -150,136 +146,77 @@ class _Gradients:
     def __init__(
         self, x: Tensor, strengths: Tensor, rows: Tensor | None, weights: Sequence[Tensor], needs: Sequence[bool]
     ) -> None:
-        self.inputs, self.needs = weights, needs[6:]
+        self.inputs, self.needs = [weight.contiguous() for weight in weights], needs[6:]
         self.needs_x, self.needs_rows = needs[2], rows is not None and needs[5]
-        self.strengths = torch.zeros_like(strengths)
-        self.rows = torch.zeros_like(rows) if self.needs_rows else None
+        self.strength = strengths.contiguous()
+        self.strengths = torch.empty_like(self.strength)
+        self.rows = torch.zeros_like(rows, memory_format=torch.contiguous_format) if self.needs_rows else None
         self.weights: list[Tensor | None] = [None] * len(weights)
         self.x: Tensor | None = None
 
     def back(self, k: int, primitive: SeparableStack, halves: list[_Half], first: int, gradient: Tensor) -> None:
         """Back through one primitive, whose first half is number `first` of all."""
-        count = gradient.shape[0] * gradient.shape[1] * gradient.shape[2]
         for position in reversed(range(len(halves))):
             half, number = halves[position], first + position
             depthwise_weight, pointwise_weight = self.inputs[2 * number : 2 * number + 2]
-            matrix = pointwise_weight.view(half.folded.matrix.shape)
-            products, sums = pointwise_sums(half.middle, gradient)
-            through = fold_backward(half.folded, matrix, half.strength, products, sums, count)
-            if position == len(halves) - 1:
-                self.strengths[:, k] = through.strength
+            last = position == len(halves) - 1
+            d_weight, through = pointwise_backward(
+                half.middle,
+                half.folded,
+                pointwise_weight,
+                self.strength if last else None,
+                k,
+                gradient,
+                self.strengths if last else None,
+            )
             if self.needs[2 * number + 1]:
-                self.weights[2 * number + 1] = through.weight.view(pointwise_weight.shape)
+                self.weights[2 * number + 1] = d_weight
             wanted = self.needs[2 * number]
-            if not (wanted or self.needs_x or self.needs_rows or (position and any(self.needs[2 * first :]))):
+            before = self.needs_x or self.needs_rows or any(self.needs[2 * first : 2 * number])
+            if not (wanted or before):
                 return
-            conv = primitive.stacks[2 * position]
-            found = separable_backward(
+            gradient, self.weights[2 * number] = separable_backward(
                 half.image,
-                _window(conv),
+                _window(primitive.stacks[2 * position]),
                 depthwise_weight,
                 half.middle,
                 half.folded,
                 through,
                 gradient,
                 weights=wanted,
-                probabilities=self.needs_rows,
+                probabilities=None if self.rows is None else self.rows[k],
             )
-            if wanted:
-                self.weights[2 * number] = found.weight.view(depthwise_weight.shape).to(depthwise_weight.dtype)
-            if self.rows is not None:
-                self.rows[k] += found.middle_probabilities + found.image_probabilities
-            gradient = found.image
         self.x = gradient if self.x is None else self.x.add_(gradient)
 
-    def back_shared(self, edges: StackedEdges, shared: _Shared, x: Tensor, gradient: Tensor) -> None:
+    def back_shared(self, shared: Shared, x: Tensor, gradient: Tensor) -> None:
         """Back through what the edges share."""
-        products, sums = shared_sums(x, gradient, edges.stride, shared.kinds)
-        first = len(edges.separable)
-        count = gradient.numel() / gradient.shape[3]
-        constant, linear = torch.zeros(2, KINDS, x.shape[3], dtype=torch.float64).unbind()
-        for column, kind in enumerate(_kinds(edges), first):
-            strength = shared.strengths[:, kind].double()
-            if kind == SELF:
-                self.strengths[:, column] = products[SELF].sum(1)
-                continue
-            # scale = strength x rate, bias = - strength x rate x mean, rate = (var + eps)^(-1/2)
-            rate, mean = shared.rate[kind], shared.mean[kind]
-            slope = products[kind] - mean * sums
-            self.strengths[:, column] = (slope * rate).sum(1)
-            if shared.given:
-                continue
-            d_var = -0.5 * rate**3 * (strength @ slope)
-            constant[kind] = (-rate * (strength @ sums) - 2 * mean * d_var) / count
-            linear[kind] = 2 * d_var / count
-        if self.needs_x:
-            exact = (constant.to(x.dtype), linear.to(x.dtype))
-            found = shared_backward(x, gradient, edges.stride, shared.kinds, shared.scale, *exact)
+        found = share_backward(x, shared, self.strength, gradient, self.strengths, self.needs_x)
+        if found is not None:
             self.x = found if self.x is None else self.x.add_(found)
 
 
-@dataclass
-class _Shared:
-    """The shared candidates' part in the output: `scale` [KINDS, edges, c] and `bias` [edges, c]; their strengths
-    [edges, KINDS], and of each pooling the mean and the inverse deviation [2, c] (float64; `given`: running ones).
-    """
-
-    kinds: int
-    scale: Tensor
-    bias: Tensor
-    strengths: Tensor
-    mean: Tensor
-    rate: Tensor
-    given: bool
-
-
-def _kinds(edges: StackedEdges) -> list[int]:
-    """The shared candidates, in the order of the strengths' columns."""
-    return [_POOLINGS[name] for name in edges.poolings] + ([SELF] if edges.skip else [])
-
-
-def _share(edges: StackedEdges, x: Tensor, strengths: Tensor) -> _Shared | None:
-    """What the shared candidates add to the edges; None where there are none."""
-    kinds = _kinds(edges)
-    if not kinds:
-        return None
-    channels = x.shape[3]
-    mean, rate = torch.zeros(2, channels, dtype=torch.float64), torch.zeros(2, channels, dtype=torch.float64)
-    training = any(norm.training for norm in edges.norms)
-    if training:
-        found_mean, found_second = pool_moments(x, edges.stride)
-        count = x.numel() // channels // edges.stride**2
-    by_kind = torch.zeros(strengths.shape[0], KINDS, dtype=strengths.dtype)
-    for column, kind in enumerate(kinds, len(edges.separable)):
-        by_kind[:, kind] = strengths[:, column]
-        if kind == SELF:
-            continue
-        norm = edges.norms[column - len(edges.separable)]
-        if training:
-            mean[kind] = found_mean[kind]
-            var = (found_second[kind] - mean[kind] ** 2).clamp_min(0)
-            _move(norm, mean[kind], var, count)
-        else:
-            mean[kind], var = norm.running_mean, norm.running_var.double()
-        rate[kind] = (var + norm.eps).rsqrt()
-    factor = torch.cat([rate, torch.ones(1, channels, dtype=torch.float64)])
-    scale = by_kind.double().t().unsqueeze(2) * factor.unsqueeze(1)
-    bias = -(scale[:2] * mean.unsqueeze(1)).sum(0)
-    bits = sum(1 << kind for kind in kinds)
-    as_x = lambda t: t.to(x.dtype).contiguous()  # noqa: E731
-    return _Shared(bits, as_x(scale), as_x(bias), by_kind, mean, rate, not training)
+def _share(edges: StackedEdges, x: Tensor, strengths: Tensor) -> tuple[Tensor | None, Shared | None]:
+    """The shared candidates' sum [B, H', W', edges * c]; nothing where there are none."""
+    if not edges.poolings and not edges.skip:
+        return None, None
+    columns, norms = [-1, -1, -1], [None, None]
+    for column, (name, norm) in enumerate(zip(edges.poolings, edges.norms, strict=True), len(edges.separable)):
+        columns[_POOLINGS[name]], norms[_POOLINGS[name]] = column, _running(norm)
+    if edges.skip:
+        columns[SELF] = len(edges.separable) + len(edges.poolings)
+    return share(x, edges.stride, norms, strengths, tuple(columns))
 
 
 def _primitive_forward(
     primitive: SeparableStack,
     entry: Operand,
     probabilities: Tensor | None,
-    strength: Tensor,
+    strength: tuple[Tensor, int],
     weights: Sequence[Tensor],
     out: Tensor | None,
 ) -> tuple[Tensor, list[_Half]]:
-    """Adds strength x the primitive's output to `out` [B, H', W', edges * c] (None: starts it)."""
-    edges, width = primitive.edges, entry.width
+    """Adds strength (a column) x the primitive's output to `out` [B, H', W', edges * c] (None: starts it)."""
+    edges = primitive.edges
     image = replace(entry, groups=edges, shared=True, probabilities=probabilities)
     if entry.scale8 is not None:
         image.scale8 = entry.scale8.expand(edges).contiguous()
@@ -287,13 +224,11 @@ def _primitive_forward(
     for half, norm in enumerate(primitive.norms):
         last = half == len(primitive.norms) - 1
         window = _window(primitive.stacks[2 * half])
-        y = depthwise(image, window, weights[2 * half].contiguous())
+        y = depthwise(image, window, weights[2 * half])
         middle = _operand(y, primitive.middle[half] if primitive.middle else None, None, groups=edges, relu=False)
         middle.probabilities = probabilities
-        own_strength = strength if last else torch.ones_like(strength)
-        matrix = weights[2 * half + 1].reshape(edges, width, width)
-        folded = _normalise(norm, middle, matrix, own_strength)
-        halves.append(_Half(image, middle, folded, own_strength))
+        folded = normalise(middle, weights[2 * half + 1], _running(norm), *(strength if last else (None, 0)))
+        halves.append(_Half(image, middle, folded))
         if last:
             out = pointwise(middle, folded, out)
         else:
@@ -304,23 +239,10 @@ def _primitive_forward(
     return out, halves
 
 
-def _normalise(norm: torch.nn.BatchNorm2d, middle: Operand, matrix: Tensor, strength: Tensor) -> Folded:
-    """Fold a batch normalisation into the 1x1 before it; in training its running statistics move."""
-    if not norm.training:
-        given = (norm.running_mean.to(matrix.dtype), norm.running_var.to(matrix.dtype))
-        return fold(matrix, strength, norm.eps, None, given)
-    folded = fold(matrix, strength, norm.eps, moments(middle), None)
-    batch, height, width, _ = middle.shape
-    _move(norm, folded.mean, folded.var, batch * height * width)
-    return folded
-
-
-@torch.no_grad()
-def _move(norm: torch.nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Running statistics after a batch of `count` values a channel with this mean and (biased) variance."""
-    norm.num_batches_tracked += 1
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-    norm.running_var.lerp_((var * (count / max(count - 1, 1))).to(norm.running_var.dtype), norm.momentum)
+def _running(norm: torch.nn.BatchNorm2d) -> Running:
+    assert norm.momentum is not None
+    statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return Running(*statistics, norm.momentum, norm.eps, norm.training)
 
 
 def _operand(x: Tensor, levels: MixedActivation | None, maximum: Tensor | None, *, groups: int, relu: bool) -> Operand:
@@ -450,7 +372,7 @@ class _Number:
 def _mapped(node: Any, walk: Any) -> Any:
     if isinstance(node, list):
         return [walk(item) for item in node]
-    if isinstance(node, _Half | _Shared | Operand | Folded):
+    if isinstance(node, _Half | Shared | Operand | Folded):
         assert is_dataclass(node)
         return type(node)(**{f.name: walk(getattr(node, f.name)) for f in fields(node)})
     return node

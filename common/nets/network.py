@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.nets.architecture import Architecture, BitPolicy, Bits, CellBits
 from common.nets.darts_space import CellPlan, check_image_size, output_channels, plan_cells
 from common.nets.operations import OPERATIONS, ConvFactory, drop_path, plain_convolution, preprocess
+from common.nets.recompute import recomputed
 from common.quant import FLOAT_BITS, QuantConv2d, QuantLinear, step_parameters
 from common.quant.layers import attach_quantizers
 from genotypes import Genotype
@@ -110,10 +111,12 @@ def imagenet_stems(
 class Network(nn.Module):
     """A network of `layers` chosen cells. `drop_path_probability` may be set between steps (training only).
 
-    `memory_format` is how images are held in memory, from the input on.
+    `memory_format` is how images are held in memory, from the input on; with `checkpoint_cells` the backward pass
+    computes each cell again instead of keeping what is within.
     """
 
     memory_format = torch.channels_last
+    checkpoint_cells = False
 
     def __init__(
         self,
@@ -167,7 +170,9 @@ class Network(nn.Module):
             last = self.stem1(before_last)
         auxiliary, dropping = None, self._dropping()
         for index, cell in enumerate(self.cells):
-            before_last, last = last, cell(before_last, last, dropping)
+            inputs = (before_last, last, dropping)
+            before_last = last
+            last = recomputed(cell, *inputs, random=dropping is not None) if self.checkpoint_cells else cell(*inputs)
             if index == self.auxiliary_index and self.auxiliary_head is not None and self.training:
                 auxiliary = self.auxiliary_head(last)
         return self.classifier(last.mean((2, 3))), auxiliary

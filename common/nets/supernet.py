@@ -34,6 +34,7 @@ from common.nets.darts_space import (
 from common.nets.fused import fused_edges, fused_node, fusible
 from common.nets.network import STEMS, cifar_stem, imagenet_stems
 from common.nets.operations import OPERATIONS, FactorizedReduce, plain_convolution, preprocess
+from common.nets.recompute import recomputed
 from common.nets.stacks import Bank, ConvStack, SeparableStack, StackedEdges
 from common.quant import (
     SCHEMES,
@@ -278,6 +279,7 @@ class Supernet(nn.Module):
     """
 
     memory_format = torch.channels_last
+    checkpoint_cells = False
 
     def __init__(
         self,
@@ -421,7 +423,8 @@ class Supernet(nn.Module):
             last = self.stem1(before_last)
         for cell in self.cells:
             kind = cell.reduction
-            before_last, last = last, cell(before_last, last, alphas[kind], betas[kind], bank)
+            inputs = (before_last, last, alphas[kind], betas[kind], bank)
+            before_last, last = last, recomputed(cell, *inputs) if self.checkpoint_cells else cell(*inputs)
         return self.classifier(last.mean((2, 3)))
 
     def arch_parameters(self) -> list[nn.Parameter]:

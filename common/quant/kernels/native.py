@@ -24,7 +24,7 @@ from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("separable.cpp", "pooling.cpp")
-_HEADERS = ("kernels.h", "depthwise.h", "pointwise.h")
+_HEADERS = ("kernels.h", "depthwise.h", "normalisation.h", "pointwise.h")
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-w"]
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 

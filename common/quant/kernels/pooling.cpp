@@ -2,6 +2,7 @@
 // What edges share: a state's 3x3 poolings and the state itself, added to every edge with weights of its own; and the
 // sum of a node's edges beside the channels that bypass them.
 #include "depthwise.h"
+#include "normalisation.h"
 
 namespace {
 
@@ -127,6 +128,8 @@ void pool_moments(const T* x, int64_t images, int H, int W, int c, int stride, d
     for (int k = 0; k < 2 * c; k++) mean[k] /= count, second[k] /= count;
 }
 
+int64_t pixels_after(int H, int W, int stride) { return (int64_t)((H - 1) / stride + 1) * ((W - 1) / stride + 1); }
+
 // out [pixels'][groups * c] = bias + sum over kinds of scale [kind][groups][c] x u_kind; `kinds` has a bit for each.
 template <typename T>
 void shared_forward(
@@ -231,6 +234,40 @@ void shared_backward(
     }
 }
 
+// The shared candidates' whole way forth and back. `coefficients` holds scale [kind][groups][c] and bias [groups][c],
+// `statistics` the poolings' mean and inverse deviation [2][c] each.
+template <typename T>
+void share(
+    const T* x, int64_t images, int H, int W, int c, int stride, int groups, const Running<T>* running,
+    Strength<T> strengths, const int* columns, T* coefficients, double* statistics, T* out, int threads) {
+    const int kinds = (columns[0] >= 0) | (columns[1] >= 0) << 1 | (columns[2] >= 0) << 2;
+    std::vector<double> mean(2 * c), second(2 * c);
+    if (kinds & 3 && running[kinds & 1 ? 0 : 1].training)
+        pool_moments(x, images, H, W, c, stride, mean.data(), second.data(), threads);
+    T* bias = coefficients + (size_t)KINDS * groups * c;
+    fold_shared(
+        mean.data(), second.data(), running, strengths, columns, images * pixels_after(H, W, stride), groups, c,
+        coefficients, bias, statistics, statistics + 2 * c);
+    shared_forward(x, images, H, W, c, stride, groups, kinds, coefficients, bias, out, threads);
+}
+
+template <typename T>
+void share_backward(
+    const T* x, const T* g, int64_t images, int H, int W, int c, int stride, int groups, bool training,
+    Strength<T> strengths, const int* columns, const T* coefficients, const double* statistics, Strength<T> d_strengths,
+    T* out, int threads) {
+    const int kinds = (columns[0] >= 0) | (columns[1] >= 0) << 1 | (columns[2] >= 0) << 2, C = groups * c;
+    std::vector<double> products((size_t)KINDS * C), sums(C);
+    shared_sums(x, g, images, H, W, c, stride, groups, kinds, products.data(), sums.data(), threads);
+    std::vector<T> constant(KINDS * c), linear(KINDS * c);
+    fold_shared_backward(
+        products.data(), sums.data(), strengths, columns, statistics, statistics + 2 * c, training,
+        images * pixels_after(H, W, stride), groups, c, d_strengths, constant.data(), linear.data());
+    if (out)
+        shared_backward(
+            x, g, images, H, W, c, stride, groups, kinds, coefficients, constant.data(), linear.data(), out, threads);
+}
+
 // One node of a cell with partial channels: out [pixels][width * parts], whose channel i * parts is the sum over edges
 // of head_e [i] and whose channel i * parts + 1 + r is the sum of beta_e x rest_e [r * width + i]. A head has
 // `head_pitch[e]` values a pixel, a rest `rest_pitch[e]`.
@@ -289,24 +326,19 @@ void join_backward(
 }  // namespace
 
 #define ENTRIES(T, S)                                                                                                  \
-    extern "C" void pool_moments_##S(                                                                                  \
-        const T* x, int64_t images, int H, int W, int c, int stride, double* mean, double* second, int threads) {      \
-        pool_moments(x, images, H, W, c, stride, mean, second, threads);                                               \
+    extern "C" void share_##S(                                                                                         \
+        const T* x, int64_t images, int H, int W, int c, int stride, int groups, const Running<T>* running,            \
+        Strength<T> strengths, const int* columns, T* coefficients, double* statistics, T* out, int threads) {         \
+        share(                                                                                                         \
+            x, images, H, W, c, stride, groups, running, strengths, columns, coefficients, statistics, out, threads);  \
     }                                                                                                                  \
-    extern "C" void shared_forward_##S(                                                                                \
-        const T* x, int64_t images, int H, int W, int c, int stride, int groups, int kinds, const T* scale,            \
-        const T* bias, T* out, int threads) {                                                                          \
-        shared_forward(x, images, H, W, c, stride, groups, kinds, scale, bias, out, threads);                          \
-    }                                                                                                                  \
-    extern "C" void shared_sums_##S(                                                                                   \
-        const T* x, const T* g, int64_t images, int H, int W, int c, int stride, int groups, int kinds,                \
-        double* products, double* sums, int threads) {                                                                 \
-        shared_sums(x, g, images, H, W, c, stride, groups, kinds, products, sums, threads);                            \
-    }                                                                                                                  \
-    extern "C" void shared_backward_##S(                                                                               \
-        const T* x, const T* g, int64_t images, int H, int W, int c, int stride, int groups, int kinds,                \
-        const T* scale, const T* constant, const T* linear, T* out, int threads) {                                     \
-        shared_backward(x, g, images, H, W, c, stride, groups, kinds, scale, constant, linear, out, threads);          \
+    extern "C" void share_backward_##S(                                                                                \
+        const T* x, const T* g, int64_t images, int H, int W, int c, int stride, int groups, int training,             \
+        Strength<T> strengths, const int* columns, const T* coefficients, const double* statistics,                    \
+        Strength<T> d_strengths, T* out, int threads) {                                                                \
+        share_backward(                                                                                                \
+            x, g, images, H, W, c, stride, groups, training != 0, strengths, columns, coefficients, statistics,        \
+            d_strengths, out, threads);                                                                                \
     }                                                                                                                  \
     extern "C" void join_##S(                                                                                          \
         int edges, const T* const* heads, const int64_t* head_pitch, const T* const* rests, const int64_t* rest_pitch, \

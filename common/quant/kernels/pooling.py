@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.quant.kernels.native import function, pointer
+from common.quant.kernels.separable import Running, RunningEntry, strengths
 
 _INT64 = ctypes.c_int64
 MAXIMUM, MEAN, SELF = 0, 1, 2  # kinds: 3x3 maximum, 3x3 mean (padding not counted), the state itself
@@ -21,67 +23,69 @@ KINDS = 3
 JOINED_MOST = 1024  # channels of a node that `join` takes
 
 
-def _geometry(x: Tensor, stride: int) -> tuple[ctypes.c_int64, int, int, int, int]:
+@dataclass
+class Shared:
+    """The shared candidates' coefficients: `values` holds scale [KINDS, edges, c] and bias [edges, c], `statistics`
+    (float64) the poolings' mean and inverse deviation [2, c]; `columns`: the strengths' of each kind (-1: none).
+    """
+
+    values: Tensor
+    statistics: Tensor
+    columns: tuple[int, int, int]
+    stride: int
+    training: bool
+
+    def entry(self) -> ctypes.Array[ctypes.c_int]:
+        """The columns, for the native entries."""
+        return (ctypes.c_int * KINDS)(*self.columns)
+
+
+def _geometry(x: Tensor, stride: int, edges: int) -> tuple[ctypes.c_int64, int, int, int, int, int]:
     batch, height, width, channels = x.shape
-    return _INT64(batch), height, width, channels, stride
+    return _INT64(batch), height, width, channels, stride, edges
 
 
-def pool_moments(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Means over all pixels of both poolings u of x and of u^2: [2, c] each, float64."""
-    mean, second = torch.empty(2, 2, x.shape[3], dtype=torch.float64).unbind()
-    function("pool_moments", x.dtype)(
-        pointer(x), *_geometry(x, stride), pointer(mean), pointer(second), torch.get_num_threads()
-    )
-    return mean, second
+def share(
+    x: Tensor, stride: int, norms: Sequence[Running | None], strength: Tensor, columns: tuple[int, int, int]
+) -> tuple[Tensor, Shared]:
+    """Normalised poolings of x and x itself, each times its strength [edges, primitives]: [B, H', W', edges * c].
 
-
-def shared_forward(x: Tensor, stride: int, kinds: int, scale: Tensor, bias: Tensor) -> Tensor:
-    """bias + the sum over kinds of scale x u_kind: [B, H', W', edges * c].
-
-    `kinds` has a bit for each kind; scale [KINDS, edges, c], bias [edges, c].
+    `norms` are those of the maximum and of the mean; in training their running statistics move.
     """
     batch, height, width, channels = x.shape
-    edges = bias.shape[0]
+    edges = strength.shape[0]
     out = x.new_empty(batch, (height - 1) // stride + 1, (width - 1) // stride + 1, edges * channels)
-    function("shared_forward", x.dtype)(
+    values = x.new_empty((KINDS + 1) * edges * channels)
+    statistics = torch.empty(4 * channels, dtype=torch.float64)
+    training = any(norm is not None and norm.training for norm in norms)
+    shared = Shared(values, statistics, columns, stride, training)
+    running = (RunningEntry * 2)(*(RunningEntry() if norm is None else norm.entry() for norm in norms))
+    function("share", x.dtype)(
         pointer(x),
-        *_geometry(x, stride),
-        edges,
-        kinds,
-        *map(pointer, (scale, bias, out)),
+        *_geometry(x, stride, edges),
+        running,
+        strengths(strength, 0),
+        shared.entry(),
+        *map(pointer, (values, statistics, out)),
         torch.get_num_threads(),
     )
-    return out
+    return out, shared
 
 
-def shared_sums(x: Tensor, gradient: Tensor, stride: int, kinds: int) -> tuple[Tensor, Tensor]:
-    """Gradients of scale [KINDS, edges, c] and bias [edges, c] from that of the output, float64."""
-    channels = x.shape[3]
-    edges = gradient.shape[3] // channels
-    products = torch.empty(KINDS, edges, channels, dtype=torch.float64)
-    sums = torch.empty(edges, channels, dtype=torch.float64)
-    function("shared_sums", x.dtype)(
+def share_backward(
+    x: Tensor, shared: Shared, strength: Tensor, gradient: Tensor, strength_gradient: Tensor, wanted: bool
+) -> Tensor | None:
+    """From the gradient of `share`: that of x (None unless wanted); writes those of the strengths."""
+    out = torch.empty_like(x) if wanted else None
+    function("share_backward", x.dtype)(
         *map(pointer, (x, gradient)),
-        *_geometry(x, stride),
-        edges,
-        kinds,
-        *map(pointer, (products, sums)),
-        torch.get_num_threads(),
-    )
-    return products, sums
-
-
-def shared_backward(
-    x: Tensor, gradient: Tensor, stride: int, kinds: int, scale: Tensor, constant: Tensor, linear: Tensor
-) -> Tensor:
-    """Gradient of x, u_kind's being scale x gradient (summed over edges) + constant + linear x u_kind, [KINDS, c]."""
-    out = torch.empty_like(x)
-    function("shared_backward", x.dtype)(
-        *map(pointer, (x, gradient)),
-        *_geometry(x, stride),
-        scale.shape[1],
-        kinds,
-        *map(pointer, (scale, constant, linear, out)),
+        *_geometry(x, shared.stride, strength.shape[0]),
+        int(shared.training),
+        strengths(strength, 0),
+        shared.entry(),
+        *map(pointer, (shared.values, shared.statistics)),
+        strengths(strength_gradient, 0),
+        pointer(out),
         torch.get_num_threads(),
     )
     return out

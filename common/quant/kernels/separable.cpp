@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entries: encode, decode, depthwise-separable stacks and their gradients, normalisation folded into the 1x1.
 #include "depthwise.h"
+#include "normalisation.h"
 #include "pointwise.h"
 
 namespace {
@@ -241,13 +242,16 @@ void depthwise_backward(
 }
 
 // Depthwise convolution of `image` followed by `mid` (its output, quantised) and a 1x1 whose output's gradient is g:
-// dm = matrix^T g + mean + second m, then back through mid's quantiser, the depthwise convolution and image's quantiser.
+// dm = matrix^T g + mean + second m (`through` holds mean, then second), then back through mid's quantiser, the depthwise convolution and image's quantiser.
 template <typename T>
 void separable_backward(
-    const Source<T>& mid, const T* g, const T* matrix, const T* mean, const T* second, const Source<T>& image,
-    int64_t images, const Window& w, const T* weight, T* out, double* weight_out, double* p_mid, double* p_image,
-    int threads) {
+    const Source<T>& mid, const T* g, const T* matrix, const T* through, const Source<T>& image, int64_t images,
+    const Window& w, const T* weight, T* out, T* weight_out, T* p_out, int threads) {
     const int tasks = tasks_of(images), C = w.C, taps = w.taps();
+    const T *mean = through, *second = through ? through + C : nullptr;
+    const int p_size = p_out && !mid.floats ? mid.groups * mid.mixture.columns() : 0;
+    std::vector<double> p_sums(2 * p_size), w_sums(weight_out ? (size_t)C * taps : 0);
+    double *p_mid = p_size ? p_sums.data() : nullptr, *p_image = p_size ? p_sums.data() + p_size : nullptr;
     const int64_t after = (int64_t)w.Ho * w.Wo;
     const Pattern<T> mid_pattern(mid), image_pattern(image);
     const std::vector<T> spread_taps = spread_weight(weight, C, taps, w.stride == 1);
@@ -281,88 +285,36 @@ void separable_backward(
         if (p_mid) fold_p(mid, mid_pattern, mid_p.data(), p1[t].data());
         back.fold(weight_out ? weights[t].data() : nullptr, p_image ? p2[t].data() : nullptr);
     }
-    add_tasks(p1, p_mid), add_tasks(p2, p_image), add_tasks(weights, weight_out);
+    add_tasks(p1, p_mid), add_tasks(p2, p_image), add_tasks(weights, weight_out ? w_sums.data() : nullptr);
+    for (int k = 0; k < p_size; k++) p_out[k] += (T)(p_sums[k] + p_sums[p_size + k]);
+    for (size_t k = 0; k < w_sums.size(); k++) weight_out[k] = (T)w_sums[k];
 }
 
-// Batch normalisation without scale and shift after a 1x1 of weight [groups][out][in], times strength [groups], as
-// matrix m + bias. Statistics of the 1x1's output follow from the moments of its input (mean and second, per pixel),
-// or are given (running_mean, running_var). `by_in` is matrix as [groups][in][out].
+// Statistics of the 1x1's output from the moments of its input, and both folded: see fold_normalisation. `values` holds
+// matrix [groups][out][in], the same as [groups][in][out], and bias [groups][out]; `statistics` the 1x1's mean and
+// variance [groups][out] and its input's moments.
 template <typename T>
-void fold_normalisation(
-    const T* weight, const double* mean, const double* second, const T* given_mean, const T* given_var, const T* strength,
-    double eps, int groups, int c, T* matrix, T* by_in, T* bias, double* out_mean, double* out_var) {
-    for (int g = 0; g < groups; g++)
-        for (int o = 0; o < c; o++) {
-            const T* row = weight + ((size_t)g * c + o) * c;
-            double mu = 0, var = 0;
-            if (given_mean) {
-                mu = given_mean[g * c + o], var = given_var[g * c + o];
-            } else {
-                for (int i = 0; i < c; i++) mu += row[i] * mean[g * c + i];
-                for (int i = 0; i < c; i++)
-                    for (int j = 0; j < c; j++)
-                        var += row[i] * (double)row[j] *
-                               (second[((size_t)g * c + i) * c + j] - mean[g * c + i] * mean[g * c + j]);
-                var = var < 0 ? 0 : var;  // rounding; NaN stays
-            }
-            const double scale = strength[g] / std::sqrt(var + eps);
-            for (int i = 0; i < c; i++) {
-                matrix[((size_t)g * c + o) * c + i] = (T)(scale * row[i]);
-                by_in[((size_t)g * c + i) * c + o] = (T)(scale * row[i]);
-            }
-            bias[g * c + o] = (T)(-scale * mu);
-            out_mean[g * c + o] = mu, out_var[g * c + o] = var;
-        }
+void normalise(
+    const Source<T>& s, int64_t images, int64_t pixels, const T* weight, const Running<T>& running, Strength<T> strength,
+    T* values, double* statistics, int threads) {
+    const int C = s.channels(), square = C * s.width;
+    if (running.training) moments(s, images, pixels, statistics + 2 * C, statistics + 3 * C, threads);
+    fold_normalisation(
+        weight, statistics + 2 * C, statistics + 3 * C, running, strength, images * pixels, s.groups, s.width, values,
+        values + square, values + 2 * square, statistics, statistics + C);
 }
 
-// The gradients of what fold_normalisation reads, from those of matrix (d_matrix [groups][out][in]) and bias. mean_out
-// [groups][in] and second_out [groups][in][in] say how m's own gradient depends on m: mean_out + second_out m.
+// Back through the folded 1x1: see fold_normalisation_backward.
 template <typename T>
-void fold_normalisation_backward(
-    const T* weight, const double* mean, const double* second, const double* mu, const double* var, const T* strength,
-    double eps, int64_t count, int groups, int c, const double* d_matrix, const double* d_bias, T* d_weight,
-    double* d_strength, T* mean_out, T* second_out) {
-    std::vector<double> covariance((size_t)c * c), d_covariance((size_t)c * c), d_mean(c);
-    for (int g = 0; g < groups; g++) {
-        const double* m1 = mean ? mean + g * c : nullptr;
-        if (m1)
-            for (int i = 0; i < c; i++)
-                for (int j = 0; j < c; j++)
-                    covariance[i * c + j] = second[((size_t)g * c + i) * c + j] - m1[i] * m1[j];
-        std::fill(d_covariance.begin(), d_covariance.end(), 0.0), std::fill(d_mean.begin(), d_mean.end(), 0.0);
-        double ds = 0;
-        for (int o = 0; o < c; o++) {
-            const size_t at = ((size_t)g * c + o) * c;
-            const T* row = weight + at;
-            const double r = 1 / std::sqrt(var[g * c + o] + eps), s = strength[g];
-            double dot = -d_bias[g * c + o] * mu[g * c + o];
-            for (int i = 0; i < c; i++) dot += d_matrix[at + i] * row[i];
-            ds += r * dot;
-            // where rounding clamped the variance at zero the derivative is that of the unclamped one
-            const double d_var = -0.5 * r * r * r * s * dot, d_mu = -s * r * d_bias[g * c + o];
-            for (int i = 0; i < c; i++) {
-                double d = s * r * d_matrix[at + i];
-                if (m1) {
-                    double cw = 0;
-                    for (int j = 0; j < c; j++) cw += covariance[i * c + j] * row[j];
-                    d += d_mu * m1[i] + 2 * d_var * cw;
-                    d_mean[i] += d_mu * row[i];
-                    for (int j = 0; j < c; j++) d_covariance[i * c + j] += d_var * row[i] * row[j];
-                }
-                d_weight[at + i] = (T)d;
-            }
-        }
-        d_strength[g] = ds;
-        if (m1)
-            for (int i = 0; i < c; i++) {
-                double d = d_mean[i];
-                for (int j = 0; j < c; j++) {
-                    d -= 2 * d_covariance[i * c + j] * m1[j];
-                    second_out[((size_t)g * c + i) * c + j] = (T)(2 * d_covariance[i * c + j] / count);
-                }
-                mean_out[g * c + i] = (T)(d / count);
-            }
-    }
+void pointwise_backward(
+    const Source<T>& s, const T* g, int64_t images, int64_t pixels, const T* weight, double eps, bool training,
+    Strength<T> strength, const double* statistics, T* d_weight, Strength<T> d_strength, T* through, int threads) {
+    const int C = s.channels();
+    std::vector<double> products((size_t)C * s.width), sums(C);
+    pointwise_sums(s, g, images, pixels, products.data(), sums.data(), threads);
+    fold_normalisation_backward(
+        weight, statistics + 2 * C, statistics + 3 * C, statistics, statistics + C, strength, eps, training,
+        images * pixels, s.groups, s.width, products.data(), sums.data(), d_weight, d_strength, through, through + C);
 }
 
 }  // namespace
@@ -390,40 +342,29 @@ void fold_normalisation_backward(
         depthwise_backward(                                                                                            \
             *s, images, Window(w[0], w[1], w[2], w[3], w[4], w[5], w[6]), weight, dy, out, weight_out, p, threads);    \
     }                                                                                                                  \
-    extern "C" void moments_##S(                                                                                       \
-        const Source<T>* s, int64_t images, int64_t pixels, double* mean, double* second, int threads) {               \
-        moments(*s, images, pixels, mean, second, threads);                                                            \
-    }                                                                                                                  \
     extern "C" void pointwise_##S(                                                                                     \
         const Source<T>* s, int64_t images, int64_t pixels, const T* matrix, const T* bias, int add, T* out,           \
         int threads) {                                                                                                 \
         pointwise_forward(*s, images, pixels, matrix, bias, add != 0, out, threads);                                   \
     }                                                                                                                  \
-    extern "C" void pointwise_sums_##S(                                                                                \
-        const Source<T>* s, const T* g, int64_t images, int64_t pixels, double* products, double* sum, int threads) {  \
-        pointwise_sums(*s, g, images, pixels, products, sum, threads);                                                 \
+    extern "C" void normalise_##S(                                                                                     \
+        const Source<T>* s, int64_t images, int64_t pixels, const T* weight, const Running<T>* running, Strength<T> strength,\
+        T* values, double* statistics, int threads) {                                                                  \
+        normalise(*s, images, pixels, weight, *running, strength, values, statistics, threads);                        \
+    }                                                                                                                  \
+    extern "C" void pointwise_backward_##S(                                                                            \
+        const Source<T>* s, const T* g, int64_t images, int64_t pixels, const T* weight, double eps, int training,     \
+        Strength<T> strength, const double* statistics, T* d_weight, Strength<T> d_strength, T* through, int threads) {\
+        pointwise_backward(                                                                                            \
+            *s, g, images, pixels, weight, eps, training != 0, strength, statistics, d_weight, d_strength, through,    \
+            threads);                                                                                                  \
     }                                                                                                                  \
     extern "C" void separable_backward_##S(                                                                            \
-        const Source<T>* mid, const T* g, const T* matrix, const T* mean, const T* second, const Source<T>* image,     \
-        int64_t images, const int* w, const T* weight, T* out, double* weight_out, double* p_mid, double* p_image,     \
-        int threads) {                                                                                                 \
+        const Source<T>* mid, const T* g, const T* matrix, const T* through, int training, const Source<T>* image,     \
+        int64_t images, const int* w, const T* weight, T* out, T* weight_out, T* p_out, int threads) {                 \
         separable_backward(                                                                                            \
-            *mid, g, matrix, mean, second, *image, images, Window(w[0], w[1], w[2], w[3], w[4], w[5], w[6]), weight,   \
-            out, weight_out, p_mid, p_image, threads);                                                                 \
-    }                                                                                                                  \
-    extern "C" void fold_##S(                                                                                          \
-        const T* weight, const double* mean, const double* second, const T* given_mean, const T* given_var,            \
-        const T* strength, double eps, int groups, int c, T* matrix, T* by_in, T* bias, double* mu, double* var) {     \
-        fold_normalisation(                                                                                            \
-            weight, mean, second, given_mean, given_var, strength, eps, groups, c, matrix, by_in, bias, mu, var);      \
-    }                                                                                                                  \
-    extern "C" void fold_backward_##S(                                                                                 \
-        const T* weight, const double* mean, const double* second, const double* mu, const double* var,                \
-        const T* strength, double eps, int64_t count, int groups, int c, const double* d_matrix,                       \
-        const double* d_bias, T* d_weight, double* d_strength, T* mean_out, T* second_out) {                           \
-        fold_normalisation_backward(                                                                                   \
-            weight, mean, second, mu, var, strength, eps, count, groups, c, d_matrix, d_bias, d_weight, d_strength,    \
-            mean_out, second_out);                                                                                     \
+            *mid, g, matrix, training ? through : nullptr, *image, images,                                             \
+            Window(w[0], w[1], w[2], w[3], w[4], w[5], w[6]), weight, out, weight_out, p_out, threads);                \
     }
 
 ENTRIES(float, f32)

@@ -19,6 +19,44 @@ from common.quant.kernels.native import function, pointer
 _INT64 = ctypes.c_int64
 
 
+class _Strength(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("pitch", ctypes.c_int64)]
+
+
+class RunningEntry(ctypes.Structure):
+    """`Running` as the native entries read it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("mean", "var", "batches")),
+        *((name, ctypes.c_double) for name in ("momentum", "eps")),
+        ("training", ctypes.c_int),
+    ]
+
+
+def strengths(tensor: Tensor | None, column: int) -> _Strength:
+    """A column of a matrix [groups, primitives] as the native entries read and write it; None: ones."""
+    if tensor is None:
+        return _Strength(None, 0)
+    return _Strength(tensor.data_ptr() + column * tensor.stride(1) * tensor.element_size(), tensor.stride(0))
+
+
+@dataclass
+class Running:
+    """Running statistics of a batch normalisation [channels], in the operands' type, and how they move in training."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    momentum: float
+    eps: float
+    training: bool
+
+    def entry(self) -> RunningEntry:
+        """For the native entries."""
+        addresses = (t.data_ptr() for t in (self.mean, self.var, self.batches))
+        return RunningEntry(*addresses, self.momentum, self.eps, self.training)
+
+
 @dataclass(frozen=True)
 class Window:
     """Geometry of a depthwise convolution."""
@@ -79,97 +117,48 @@ def depthwise_backward(
     return out, d_weight, p_image
 
 
-def moments(operand: Operand) -> tuple[Tensor, Tensor]:
-    """Means over all pixels of m [groups, width] and of m m^T [groups, width, width], float64."""
+@dataclass
+class Folded:
+    """Normalisation and strength folded into a 1x1, in two flat tensors that the native entries share.
+
+    `values`: matrix [groups, out, in], the same as [groups, in, out], bias [groups, out]. `statistics` (float64): mean
+    and variance of the 1x1's output, and its input's first and second moments. `training`: of this batch, not running.
+    """
+
+    values: Tensor
+    statistics: Tensor
+    groups: int
+    width: int
+    eps: float
+    training: bool
+
+    def at(self, position: int) -> ctypes.c_void_p:
+        """Address of the matrix (0), its transpose (1) or the bias (2)."""
+        square = self.groups * self.width**2
+        return ctypes.c_void_p(self.values.data_ptr() + position * square * self.values.element_size())
+
+
+def normalise(operand: Operand, weight: Tensor, norm: Running, strength: Tensor | None, column: int = 0) -> Folded:
+    """A 1x1 of weight [groups, out, in] on `operand`, batch normalisation (no scale and shift) and a strength per group
+    (column of strength [groups, primitives]; None: one) as one affine map. In training the running statistics move.
+    """
     batch, height, width, _ = operand.shape
-    mean = torch.empty(operand.groups, operand.width, dtype=torch.float64)
-    second = torch.empty(operand.groups, operand.width, operand.width, dtype=torch.float64)
-    source = operand.source()
-    function("moments", operand.dtype)(
+    channels, square = operand.groups * operand.width, operand.groups * operand.width**2
+    values = torch.empty(2 * square + channels, dtype=weight.dtype)
+    statistics = torch.empty(3 * channels + square, dtype=torch.float64)
+    source, running = operand.source(), norm.entry()
+    function("normalise", weight.dtype)(
         ctypes.byref(source),
         _INT64(batch),
         _INT64(height * width),
-        pointer(mean),
-        pointer(second),
+        pointer(weight),
+        ctypes.byref(running),
+        strengths(strength, column),
+        pointer(values),
+        pointer(statistics),
         torch.get_num_threads(),
     )
-    return mean, second
-
-
-@dataclass
-class Folded:
-    """Normalisation and strength folded into a 1x1: `matrix` [groups, out, in], `by_in` [groups, in, out], `bias`
-    [groups, out]; `mean`, `var` [groups * out] (float64) are the 1x1's statistics, `first`, `second` the moments of its
-    input.
-    """
-
-    matrix: Tensor
-    by_in: Tensor
-    bias: Tensor
-    mean: Tensor
-    var: Tensor
-    first: Tensor | None
-    second: Tensor | None
-    eps: float
-
-
-def fold(
-    weight: Tensor,
-    strength: Tensor,
-    eps: float,
-    found: tuple[Tensor, Tensor] | None,
-    given: tuple[Tensor, Tensor] | None,
-) -> Folded:
-    """Batch normalisation (no scale and shift) after a 1x1 of weight [groups, out, in], times strength [groups].
-
-    Its statistics follow from `found`, the moments of the 1x1's input, or are `given`: running mean and variance
-    [groups * out].
-    """
-    groups, width = weight.shape[:2]
-    matrix, by_in = torch.empty_like(weight), torch.empty_like(weight)
-    bias = torch.empty(groups, width, dtype=weight.dtype)
-    mean, var = torch.empty(2, groups * width, dtype=torch.float64).unbind()
-    first, second = found or (None, None)
-    given_mean, given_var = given or (None, None)
-    function("fold", weight.dtype)(
-        *map(pointer, (weight, first, second, given_mean, given_var, strength)),
-        ctypes.c_double(eps),
-        groups,
-        width,
-        *map(pointer, (matrix, by_in, bias, mean, var)),
-    )
-    return Folded(matrix, by_in, bias, mean, var, first, second, eps)
-
-
-@dataclass
-class FoldedGradient:
-    """Gradients of what `fold` read, and how its input's own gradient depends on the input: mean + second m."""
-
-    weight: Tensor
-    strength: Tensor
-    mean: Tensor | None
-    second: Tensor | None
-
-
-def fold_backward(
-    folded: Folded, weight: Tensor, strength: Tensor, products: Tensor, sums: Tensor, count: int
-) -> FoldedGradient:
-    """From the gradients of matrix (`products` [groups, out, in]) and bias (`sums`), float64; `count` pixels."""
-    groups, width = weight.shape[:2]
-    d_weight = torch.empty_like(weight)
-    d_strength = torch.empty(groups, dtype=torch.float64)
-    mean = second = None
-    if folded.first is not None:
-        mean, second = torch.empty_like(folded.bias), torch.empty_like(weight)
-    function("fold_backward", weight.dtype)(
-        *map(pointer, (weight, folded.first, folded.second, folded.mean, folded.var, strength)),
-        ctypes.c_double(folded.eps),
-        _INT64(count),
-        groups,
-        width,
-        *map(pointer, (products, sums, d_weight, d_strength, mean, second)),
-    )
-    return FoldedGradient(d_weight, d_strength, mean, second)
+    return Folded(values, statistics, operand.groups, operand.width, norm.eps, norm.training)
 
 
 def pointwise(operand: Operand, folded: Folded, out: Tensor | None = None) -> Tensor:
@@ -183,8 +172,8 @@ def pointwise(operand: Operand, folded: Folded, out: Tensor | None = None) -> Te
         ctypes.byref(source),
         _INT64(batch),
         _INT64(height * width),
-        pointer(folded.by_in),
-        pointer(folded.bias),
+        folded.at(1),
+        folded.at(2),
         int(add),
         pointer(out),
         torch.get_num_threads(),
@@ -192,34 +181,38 @@ def pointwise(operand: Operand, folded: Folded, out: Tensor | None = None) -> Te
     return out
 
 
-def pointwise_sums(operand: Operand, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over pixels of g m^T [groups, out, in] and of g [groups * out], float64."""
+def pointwise_backward(
+    operand: Operand,
+    folded: Folded,
+    weight: Tensor,
+    strength: Tensor | None,
+    column: int,
+    gradient: Tensor,
+    strength_gradient: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Back through the folded 1x1: the gradient of its weight, and `through`, which says how the operand's own gradient
+    depends on the operand (by way of the statistics). Writes the strength's gradient into its column.
+    """
     batch, height, width, _ = operand.shape
-    products = torch.empty(operand.groups, operand.width, operand.width, dtype=torch.float64)
-    sums = torch.empty(operand.groups * operand.width, dtype=torch.float64)
+    d_weight = torch.empty_like(weight)
+    through = torch.empty(operand.groups * operand.width * (1 + operand.width), dtype=weight.dtype)
     source = operand.source()
-    function("pointwise_sums", operand.dtype)(
+    function("pointwise_backward", operand.dtype)(
         ctypes.byref(source),
         pointer(gradient),
         _INT64(batch),
         _INT64(height * width),
-        pointer(products),
-        pointer(sums),
+        pointer(weight),
+        ctypes.c_double(folded.eps),
+        int(folded.training),
+        strengths(strength, column),
+        pointer(folded.statistics),
+        pointer(d_weight),
+        strengths(strength_gradient, column),
+        pointer(through),
         torch.get_num_threads(),
     )
-    return products, sums
-
-
-@dataclass
-class SeparableGradient:
-    """Gradients of a depthwise-separable pair: of the tensor that was encoded [B, H, W, channels as stored], of the
-    depthwise weight [channels, taps] and of both operands' probabilities [groups, bits] (None where not asked for).
-    """
-
-    image: Tensor
-    weight: Tensor | None
-    middle_probabilities: Tensor | None
-    image_probabilities: Tensor | None
+    return d_weight, through
 
 
 def separable_backward(
@@ -228,31 +221,32 @@ def separable_backward(
     weight: Tensor,
     middle: Operand,
     folded: Folded,
-    through: FoldedGradient,
+    through: Tensor,
     gradient: Tensor,
     *,
     weights: bool,
-    probabilities: bool,
-) -> SeparableGradient:
+    probabilities: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """Back through 1x1, middle quantiser, depthwise convolution and first quantiser at once, image by image.
 
-    `gradient` is that of the 1x1's (folded) output; `weights`, `probabilities` say which of those gradients are wanted.
+    `gradient` is that of the 1x1's (folded) output. Returns the gradient of the tensor that was encoded [B, H, W,
+    channels as stored] and of the depthwise weight (None unless `weights`); adds that of both operands' probabilities
+    to `probabilities` [groups, bits], where given.
     """
     batch = image.shape[0]
     out = torch.empty(image.shape, dtype=image.dtype)
-    channels, taps = image.groups * image.width, window.kernel**2
-    empty = lambda wanted, *shape: torch.empty(shape, dtype=torch.float64) if wanted else None  # noqa: E731
-    d_weight = empty(weights, channels, taps)
-    p_middle = empty(probabilities and middle.columns, middle.groups, middle.columns)
-    p_image = empty(probabilities and image.columns, image.groups, image.columns)
+    d_weight = torch.empty_like(weight) if weights else None
     middle_source, image_source = middle.source(), image.source()
     function("separable_backward", image.dtype)(
         ctypes.byref(middle_source),
-        *map(pointer, (gradient, folded.matrix, through.mean, through.second)),
+        pointer(gradient),
+        folded.at(0),
+        pointer(through),
+        int(folded.training),
         ctypes.byref(image_source),
         _INT64(batch),
         window.entry(image),
-        *map(pointer, (weight, out, d_weight, p_middle, p_image)),
+        *map(pointer, (weight, out, d_weight, probabilities)),
         torch.get_num_threads(),
     )
-    return SeparableGradient(out, d_weight, p_middle, p_image)
+    return out, d_weight
