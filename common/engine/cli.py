@@ -277,6 +277,8 @@ def add_run_flags(parser: Parser, stage: str) -> None:
     add.switch("--compile", False, "torch.compile the network")
     dense = "keep images along dense channels, faster for depthwise convolutions (--no-channels-last: along rows)"
     add.switch("--channels-last", True, dense)
+    again = "compute each cell again in the backward pass: less memory, a third more time"
+    add.switch("--checkpoint-cells", False, again)
     add.value("--threads", integer(1), None, "N", "CPU threads of torch (default: torch's choice)")
     add.value("--save", Path, None, "DIR", "the run's folder (default: a new one under --runs)")
     add.value("--runs", Path, Path("runs"), "DIR", "where new run folders are made")
@@ -340,6 +342,8 @@ def check_run(config: Config) -> list[str]:
     for dest in ("stem_bits", "classifier_bits"):
         if getattr(config, dest) == 1:
             errors.append(f"{_flag(dest)}: 1 bit leaves a signed input no level but zero; use 2-4, 8 or 32")
+    if config.compile and config.checkpoint_cells:
+        errors.append("--checkpoint-cells: with --compile the compiler chooses what is kept; drop one of the two")
     if config.learning_rate_min > config.learning_rate:
         errors.append(
             f"--learning-rate-min: {config.learning_rate_min} is above --learning-rate {config.learning_rate}; lower it"
@@ -407,8 +411,14 @@ def check_search(config: Config) -> list[str]:
         errors.append(f"--init-from: {config.init_from} is no folder; give the folder of a search")
     if config.explicit("second_order") and not config.unrolled:
         errors.append("--second-order: only has a meaning with --unrolled; add it")
-    if config.compile and config.unrolled and config.second_order == "exact":
-        errors.append("--compile: compiled code is not differentiated twice; add --second-order finite-difference")
+    if config.unrolled and config.second_order == "exact":
+        if config.compile:
+            errors.append("--compile: compiled code is not differentiated twice; add --second-order finite-difference")
+        if config.checkpoint_cells:
+            errors.append(
+                "--checkpoint-cells: the exact second order changes the weights between a cell and its second "
+                "computation; add --second-order finite-difference"
+            )
     if config.gamma_level == "upper" and config.explicit("gamma_learning_rate"):
         errors.append(
             "--gamma-learning-rate: with --gamma-level upper the bits move by --arch-learning-rate; drop one of the two"

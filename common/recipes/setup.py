@@ -47,12 +47,12 @@ def prepare_torch(config: Config) -> torch.device:
 
 
 def lay_out(model: nn.Module, config: Config) -> nn.Module:
-    """Tell the networks within `model` how to hold their images in memory (--channels-last), and return it."""
-    if not config.channels_last:
-        for module in model.modules():
-            if hasattr(module, "memory_format"):
-                module.memory_format = torch.contiguous_format
-        model.to(memory_format=torch.contiguous_format)
+    """Tell the networks within `model` what they keep in memory, and how (--checkpoint-cells, --channels-last)."""
+    for network in (m for m in model.modules() if hasattr(m, "checkpoint_cells")):
+        network.checkpoint_cells = config.checkpoint_cells
+        if not config.channels_last:
+            network.memory_format = torch.contiguous_format
+            network.to(memory_format=torch.contiguous_format)
     return model
 
 
