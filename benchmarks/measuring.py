@@ -76,6 +76,8 @@ class OperationCounter(TorchDispatchMode):
 
     @staticmethod
     def counting(counts: Counter[str], name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`original`, every call of which adds one to its name in `counts`."""
+
         def counted(*args: Any, **kwargs: Any) -> Any:
             counts[name] += 1
             return original(*args, **kwargs)

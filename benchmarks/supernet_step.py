@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks import measuring
 from benchmarks.sides import SIDES, Setting, augmented_stream, build_side
 
 SMOKE = {"batch_size": 2, "init_channels": 8, "layers": 3, "image_size": 16, "repeats": 1}
+_REST = 4  # one more repeat, the counts and the saved bytes take at most this many repeats' time
 STEPS = ("architecture_step", "weight_step")
 
 
@@ -47,6 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="n, timed iterations of each side")
+    parser.add_argument("--minutes", type=float, default=8.0, help="take fewer repeats where n would last longer")
     parser.add_argument("--smoke", action="store_true", help="seconds, for tests: proves the path, not the figure")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="to FILE, or alone on stdout")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
@@ -94,15 +97,19 @@ def worker(side: str, options: list[str]) -> measuring.Worker:
 
 def compare(args: argparse.Namespace, ours: measuring.Worker, theirs: measuring.Worker) -> dict[str, Any]:
     """Memory, then alternated timings, then counts and saved bytes of both sides; ratios of their medians."""
-    where = measuring.machine()
+    begun, where = time.monotonic(), measuring.machine()
     names = ("fused", "first-order" if args.second_order else args.against)
     sides = dict(zip(names, (ours, theirs), strict=True))
     figures: dict[str, dict[str, Any]] = {name: {"peak_mib": side.ask("memory")} for name, side in sides.items()}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for repeat in range(args.repeats):
+        started = time.monotonic()
         for name in names if repeat % 2 == 0 else names[::-1]:
             seconds = sides[name].ask("time")
             rows[name].append({**seconds, "iteration": sum(seconds.values())})
+        now = time.monotonic()
+        if now - begun + _REST * (now - started) > 60 * args.minutes:
+            break
     for name, side in sides.items():
         timed = measuring.medians(rows[name])
         figures[name] |= {**timed, "runs": rows[name], "counts": side.ask("count"), "saved_mib": side.ask("saved")}
@@ -113,7 +120,7 @@ def compare(args: argparse.Namespace, ours: measuring.Worker, theirs: measuring.
         "against": names[1],
         "setting": asdict(setting_of(args)),
         "threads": args.threads,
-        "n": args.repeats,
+        "n": len(rows["fused"]),
         **ratios(figures["fused"], figures[names[1]], rows["fused"], rows[names[1]]),
         "data_share": round(share, 5),
         "sides": figures,
