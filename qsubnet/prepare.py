@@ -97,6 +97,7 @@ def search_settings(config: Config) -> SearchSettings:
         gamma_momentum=config.momentum,
         gamma_annealed=config.target_bitops is None,
         arch_begin_epoch=0,
+        cuda_graph="off" if config.compile else config.cuda_graph,
         **{name: getattr(config, name) for name in (*same, *more)},
     )
 

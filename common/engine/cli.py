@@ -275,6 +275,9 @@ def add_run_flags(parser: Parser, stage: str) -> None:
     add.switch("--use-data-parallel", False, "several GPUs; torchrun starts the processes, and is asked for otherwise")
     add.choice("--precision", "fp32|bf16", "fp32", "bf16: autocast")
     add.switch("--compile", False, "torch.compile the network")
+    if _is_search(stage):
+        graph = "capture a step as a CUDA graph (first order, one GPU); auto: where that works"
+        add.choice("--cuda-graph", "off|auto|on", "off", graph)
     dense = "keep images along dense channels, faster for depthwise convolutions (--no-channels-last: along rows)"
     add.switch("--channels-last", True, dense)
     again = "compute each cell again in the backward pass: less memory, a third more time"
@@ -339,6 +342,8 @@ def check_run(config: Config) -> list[str]:
         if not torch.cuda.is_available():
             errors.append("--device: cuda was asked for, but torch sees no GPU; use --device cpu, or see doctor.py")
     errors += _check_computing(config)
+    if getattr(config, "cuda_graph", "off") == "on":
+        errors += _check_graph(config)
     for dest in ("stem_bits", "classifier_bits"):
         if getattr(config, dest) == 1:
             errors.append(f"{_flag(dest)}: 1 bit leaves a signed input no level but zero; use 2-4, 8 or 32")
@@ -373,6 +378,20 @@ def _check_computing(config: Config) -> list[str]:
     if config.compile and not on_gpu and shutil.which(compiler) is None:
         errors.append(f"--compile: needs a C++ compiler on the CPU, and there is no {compiler}; install it or set CXX")
     return errors
+
+
+def _check_graph(config: Config) -> list[str]:
+    import torch
+
+    from common.engine.static_step import obstacle
+
+    reason = obstacle(
+        device="cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
+        order=config.second_order if getattr(config, "unrolled", False) else "first",
+        compiled=config.compile,
+        ranks=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    return [] if reason is None else [f"--cuda-graph on: {reason}, or leave it out"]
 
 
 def check_bits(config: Config) -> list[str]:

@@ -60,7 +60,9 @@ class FiniteGuard:
         if count:
             self.good_steps += (~up).to(self.good_steps.dtype)
         for dtype, group in self._grouped().items():
-            self._copies[dtype] = torch.where(up, self._copies[dtype], _flat(group))
+            # in place: a captured step writes where it reads
+            copy = self._copies[dtype]
+            torch.where(up, copy, _flat(group), out=copy)
 
     def first_bad_step(self) -> int | None:
         """Number of the first bad step (``base`` included), None when all were good. Reads the device: log points."""

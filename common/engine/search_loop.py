@@ -29,6 +29,7 @@ from common.engine.progress import Eta, progress, say
 from common.engine.protocols import BatchStream, RunLike
 from common.engine.schedules import rate_at
 from common.engine.seeding import rng_state, set_rng_state
+from common.engine.static_step import MODES, StaticStep, obstacle, plain_state, set_rate
 
 GAMMA_LEVELS = ("lower", "upper")
 
@@ -45,7 +46,7 @@ class SearchSettings:
     betas alone; from then on one step in ``arch_every`` moves them. Gammas move with the weights
     (``gamma_level="lower"``, SGD of their own) or with the alphas (``"upper"``: Adam at the architecture's learning
     rate). ``gamma_annealed=False`` keeps their rate constant: a controller of the cost needs its authority to the last
-    step.
+    step. ``cuda_graph``: one of ``static_step.MODES``; "auto" captures where nothing stands against it.
     """
 
     epochs: int
@@ -71,6 +72,7 @@ class SearchSettings:
     gamma_annealed: bool = True
     order: str = "first"
     precision: str = "fp32"
+    cuda_graph: str = "off"
     log_every: int = 50
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int = 0
@@ -85,6 +87,8 @@ class SearchSettings:
             problems.append(f"order {self.order!r}: choose one of {', '.join(ORDERS)}")
         if self.gamma_level not in GAMMA_LEVELS:
             problems.append(f"gamma level {self.gamma_level!r}: choose one of {', '.join(GAMMA_LEVELS)}")
+        if self.cuda_graph not in MODES:
+            problems.append(f"cuda_graph {self.cuda_graph!r}: choose one of {', '.join(MODES)}")
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
@@ -166,6 +170,21 @@ class SearchLoop:
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.guard = FiniteGuard(self.device)
         self.guard.protect(self._unmasked_state, *self.optimizers.values())
+        self.static = self._capturing()
+
+    def _capturing(self) -> StaticStep | None:
+        """The step as a CUDA graph, where the settings ask for it and nothing stands against it."""
+        mode, ranks = self.settings.cuda_graph, distributed.world_size()
+        if mode == "off":
+            return None
+        against = obstacle(device=self.device.type, order=self.settings.order, compiled=False, ranks=ranks)
+        if against is not None:
+            if mode == "on":
+                raise ValueError(f"--cuda-graph on: {against}, or leave it out")
+            return None
+        for group in self.optimizers["arch"].param_groups:
+            group["capturable"] = True
+        return StaticStep(self._compute, capture=True, required=mode == "on")
 
     def _make_optimizers(self) -> None:
         s = self.settings
@@ -209,32 +228,51 @@ class SearchLoop:
         """Set the learning rates that this epoch really uses."""
         s = self.settings
         fall = {"schedule": s.schedule, "step_epochs": s.step_epochs, "step_factor": s.step_factor, "epochs": s.epochs}
-        self.optimizers["weights"].param_groups[0]["lr"] = rate_at(
-            self.epoch, rate=s.learning_rate, least=s.learning_rate_min, warmup=s.warmup_epochs, **fall
-        )
+        rates = {
+            "weights": rate_at(
+                self.epoch, rate=s.learning_rate, least=s.learning_rate_min, warmup=s.warmup_epochs, **fall
+            )
+        }
         if "gammas" in self.optimizers:
             rate = s.gamma_learning_rate
-            falling = rate_at(self.epoch, rate=rate, **fall) if s.gamma_annealed else rate
-            self.optimizers["gammas"].param_groups[0]["lr"] = falling
+            rates["gammas"] = rate_at(self.epoch, rate=rate, **fall) if s.gamma_annealed else rate
+        for name, rate in rates.items():
+            captured = self.static is not None
+            set_rate(self.optimizers[name].param_groups[0], rate, captured=captured, device=self.device)
 
     def one_step(self) -> None:
         """Architecture step (once its epoch has come), then weight step, on this position's batches."""
-        batch = self.train_stream.batch(self.epoch, self.step)
+        batches = self.train_stream.batch(self.epoch, self.step)
         if self.architecture_moves():
-            self.architecture_step(batch)
-        self.weight_step(batch)
-        if self.controller is not None:
-            self.controller.update(self.model, self.epoch >= self.settings.arch_begin_epoch)
-        self.guard.end_of_step()
+            batches = (*batches, *self._valid_batch())
+        searching = self.epoch >= self.settings.arch_begin_epoch
+        compute = self._compute if self.static is None else self.static
+        compute((searching, len(batches)), *batches)
         self.step += 1
 
-    def architecture_step(self, train_batch: Batch) -> None:
-        """One Adam step of alphas and betas on a fresh validation batch (Liu et al. 2019, equations 5-8)."""
-        s = self.settings
+    def _compute(self, variant: tuple[bool, int], *batches: Tensor) -> None:
+        """What a step does on the device: training images and labels, then those of the validation half, if any.
+
+        Of one variant, steps differ in the contents of tensors and in nothing else, so that they can be captured.
+        """
+        searching, _ = variant
+        if len(batches) == 4:
+            self.architecture_step(batches[:2], batches[2:])
+        self.weight_step(batches[:2])
+        if self.controller is not None:
+            self.controller.update(self.model, searching)
+        self.guard.end_of_step()
+
+    def _valid_batch(self) -> Batch:
         # The validation half is walked on its own: it may be longer or shorter than the training half.
         assert self.valid_stream is not None, "architecture parameters learn on a second stream"
-        number = self.global_step // s.arch_every
-        valid_batch = self.valid_stream.batch(*divmod(number, self.valid_stream.steps_per_epoch))
+        number = self.global_step // self.settings.arch_every
+        return self.valid_stream.batch(*divmod(number, self.valid_stream.steps_per_epoch))
+
+    def architecture_step(self, train_batch: Batch, valid_batch: Batch | None = None) -> None:
+        """One Adam step of alphas and betas on a fresh validation batch (Liu et al. 2019, equations 5-8)."""
+        s = self.settings
+        valid_batch = self._valid_batch() if valid_batch is None else valid_batch
         inner = None
         if s.order != "first":
             sgd = [self.optimizers[name] for name in ("weights", "gammas") if name in self.optimizers]
@@ -301,6 +339,8 @@ class SearchLoop:
             self.start_epoch()
             if on_start is not None:
                 on_start(self.epoch)
+                if self.static is not None:
+                    self.static.forget()  # a term of the loss may change by epoch
             self.model.train()
             label = f"search {self.epoch + 1}/{self.settings.epochs}"
             for step in progress(range(first, self.steps), total=self.steps, label=label, start=first):
@@ -363,7 +403,7 @@ class SearchLoop:
         """Everything that the next step depends on, loadable with weights_only=True."""
         return {
             "model": self.model.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: plain_state(optimizer) for name, optimizer in self.optimizers.items()},
             "controller": self.controller.state_dict() if self.controller is not None else {},
             "epoch": self.epoch,
             "step": self.step,

@@ -152,6 +152,7 @@ def search_settings(config: Config) -> SearchSettings:
         gamma_momentum=config.momentum,
         gamma_annealed=config.target_bitops is None,
         order=config.second_order if config.unrolled else "first",
+        cuda_graph="off" if config.compile else config.cuda_graph,
         **{name: getattr(config, name) for name in (*same, *more, *rest)},
     )
 
