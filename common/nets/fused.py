@@ -310,15 +310,18 @@ def fused_node(heads: Sequence[Tensor], rests: Sequence[Tensor], betas: Tensor |
     return _FusedNode.apply(betas, len(heads), *heads, *rests)
 
 
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same with channels dense and pixels in a row."""
+    return [t if dense_pixels(t) else t.contiguous(memory_format=torch.channels_last) for t in tensors]
+
+
 class _FusedNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, betas: Tensor, edges: int, *tensors: Tensor) -> Tensor:
-        tensors = tuple(t if dense_pixels(t) else t.contiguous(memory_format=torch.channels_last) for t in tensors)
         heads, rests = tensors[:edges], tensors[edges:]
-        betas = betas.contiguous()
         ctx.save_for_backward(betas, *rests)
         ctx.width = heads[0].shape[1]
-        return join(heads, rests, betas).permute(0, 3, 1, 2)
+        return join(_dense(heads), _dense(rests), betas.contiguous()).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -328,7 +331,7 @@ class _FusedNode(torch.autograd.Function):
             return _node_gradient(gradient, betas, rests, ctx.width)
         wanted = ctx.needs_input_grad[2 + edges :]
         g = gradient.permute(0, 2, 3, 1).contiguous()
-        head, found, sums = join_backward(g, rests, betas, ctx.width, wanted)
+        head, found, sums = join_backward(g, _dense(rests), betas.contiguous(), ctx.width, wanted)
         as_image = lambda t: None if t is None else t.permute(0, 3, 1, 2)  # noqa: E731
         return (sums.to(betas.dtype), None, *[as_image(head)] * edges, *map(as_image, found))
 
