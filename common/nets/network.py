@@ -184,6 +184,7 @@ class Network(nn.Module):
 
     @drop_path_probability.setter
     def drop_path_probability(self, probability: float) -> None:
+        """Set it, between steps."""
         self._drop_path_probability, self._drops_paths = probability, probability > 0
         self._drop_path.fill_(probability)
 
