@@ -11,7 +11,7 @@
 #include <limits>
 #include <numeric>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -19,23 +19,30 @@ constexpr int TABLE = 64;        // entries of a table by code
 constexpr uint8_t CODE = 63;     // the bits of a code that index a table
 constexpr uint8_t INSIDE8 = 64;  // set where the 8-bit quantiser passes its gradient
 
-// 64 bytes of T; the compiler splits them where the machine's vectors are shorter.
+// As many bytes as the machine's vectors have: the compiler takes longer ones apart element by element.
+#if defined(__AVX512F__)
+#define VECTOR 64
+#elif defined(__AVX2__)
+#define VECTOR 32
+#else
+#define VECTOR 16
+#endif
 template <typename T>
 struct Vec;
 template <>
 struct Vec<float> {
-    typedef float type __attribute__((vector_size(64), aligned(4), may_alias));
-    typedef int32_t index __attribute__((vector_size(64)));
-    typedef uint8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
-    static constexpr int lanes = 16;
+    typedef float type __attribute__((vector_size(VECTOR), aligned(4), may_alias));
+    typedef int32_t index __attribute__((vector_size(VECTOR)));
+    typedef uint8_t bytes __attribute__((vector_size(VECTOR / 4), aligned(1), may_alias));
+    static constexpr int lanes = VECTOR / 4;
     static constexpr float round = 12582912.0f;  // adding and taking it away rounds half to even below 2^22
 };
 template <>
 struct Vec<double> {
-    typedef double type __attribute__((vector_size(64), aligned(8), may_alias));
-    typedef int64_t index __attribute__((vector_size(64)));
-    typedef uint8_t bytes __attribute__((vector_size(8), aligned(1), may_alias));
-    static constexpr int lanes = 8;
+    typedef double type __attribute__((vector_size(VECTOR), aligned(8), may_alias));
+    typedef int64_t index __attribute__((vector_size(VECTOR)));
+    typedef uint8_t bytes __attribute__((vector_size(VECTOR / 8), aligned(1), may_alias));
+    static constexpr int lanes = VECTOR / 8;
     static constexpr double round = 6755399441055744.0;
 };
 template <typename T>
@@ -120,66 +127,67 @@ struct Pattern {
     }
 };
 
-// 16 table entries by 16 codes; the table has at most 32 entries.
-static inline vec<float> look(const float* table, Vec<float>::index code) {
-    const vec<float> low = load(table), high = load(table + 16);
-    return __builtin_shuffle(low, high, code);
-}
-static inline vec<double> look(const double* table, Vec<double>::index code) {
-    vec<double> out;
-    for (int l = 0; l < 8; l++) out[l] = table[code[l]];
-    return out;
-}
-// The same of a table that stays in registers.
-template <typename T>
-struct Look;
-template <>
-struct Look<float> {
-    const vec<float> low, high;
-    Look(const float* table) : low(load(table)), high(load(table + 16)) {}
-    vec<float> operator()(Vec<float>::index code) const { return __builtin_shuffle(low, high, code); }
-};
-template <>
-struct Look<double> {
-    const double* table;
-    Look(const double* table) : table(table) {}
-    vec<double> operator()(Vec<double>::index code) const { return look(table, code); }
-};
+// Table entries by code: of a table of at most 32 entries, and of any.
 template <typename T>
 static inline vec<T> look_any(const T* table, typename Vec<T>::index code) {
     vec<T> out;
     for (int l = 0; l < Vec<T>::lanes; l++) out[l] = table[code[l]];
     return out;
 }
+template <typename T>
+static inline vec<T> look(const T* table, typename Vec<T>::index code) {
+#if VECTOR == 64
+    if constexpr (sizeof(T) == 4) return __builtin_shuffle(load(table), load(table + 16), code);
+#elif VECTOR == 32
+    if constexpr (sizeof(T) == 4) return (vec<T>)_mm256_i32gather_ps(table, (__m256i)code, 4);
+#endif
+    return look_any(table, code);
+}
+// The same of a table that stays in registers, where it can.
+template <typename T>
+struct Look {
+    const T* table;
+    Look(const T* table) : table(table) {}
+    vec<T> operator()(typename Vec<T>::index code) const { return look(table, code); }
+};
+#if VECTOR == 64
+template <>
+struct Look<float> {
+    const vec<float> low, high;
+    Look(const float* table) : low(load(table)), high(load(table + 16)) {}
+    vec<float> operator()(Vec<float>::index code) const { return __builtin_shuffle(low, high, code); }
+};
+#endif
 
 // Bytes to indices and back. The compiler's own conversions go element by element.
-#ifdef __AVX512F__
 template <typename T>
 static inline typename Vec<T>::index widen(const uint8_t* p) {
+    typedef typename Vec<T>::index index;
+#if VECTOR == 64
     if constexpr (sizeof(T) == 4)
-        return (typename Vec<T>::index)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        return (index)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
     else
-        return (typename Vec<T>::index)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
-}
-template <typename T>
-static inline typename Vec<T>::bytes narrow(typename Vec<T>::index v) {
-    if constexpr (sizeof(T) == 4) {
-        return (typename Vec<T>::bytes)_mm512_cvtepi32_epi8((__m512i)v);
-    } else {
-        const __m128i bytes = _mm512_cvtepi64_epi8((__m512i)v);
-        return *reinterpret_cast<const typename Vec<T>::bytes*>(&bytes);
-    }
-}
-#else
-template <typename T>
-static inline typename Vec<T>::index widen(const uint8_t* p) {
-    return __builtin_convertvector(*reinterpret_cast<const typename Vec<T>::bytes*>(p), typename Vec<T>::index);
-}
-template <typename T>
-static inline typename Vec<T>::bytes narrow(typename Vec<T>::index v) {
-    return __builtin_convertvector(v, typename Vec<T>::bytes);
-}
+        return (index)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+#elif VECTOR == 32
+    if constexpr (sizeof(T) == 4) return (index)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #endif
+    return __builtin_convertvector(*reinterpret_cast<const typename Vec<T>::bytes*>(p), index);
+}
+template <typename T>
+static inline typename Vec<T>::bytes narrow(typename Vec<T>::index v) {
+    typedef typename Vec<T>::bytes result;
+#if VECTOR == 64
+    const __m128i bytes = sizeof(T) == 4 ? _mm512_cvtepi32_epi8((__m512i)v) : _mm512_cvtepi64_epi8((__m512i)v);
+    return *reinterpret_cast<const result*>(&bytes);
+#elif VECTOR == 32
+    if constexpr (sizeof(T) == 4) {
+        const __m128i low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extracti128_si256((__m256i)v, 1);
+        const __m128i words = _mm_packs_epi32(low, high), bytes = _mm_packus_epi16(words, words);
+        return *reinterpret_cast<const result*>(&bytes);
+    }
+#endif
+    return __builtin_convertvector(v, result);
+}
 
 // The same codes for every group: [pixels][width] -> [pixels][groups * width].
 template <typename U>

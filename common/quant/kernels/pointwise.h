@@ -74,10 +74,11 @@ static void multiply_side_by_side(
 template <typename T>
 static void multiply(
     const T* in, const T* matrix, const T* bias, int groups, int width, int64_t pixels, bool add, T* out) {
-    if (width == 2) return multiply_side_by_side<T, 2>(in, matrix, bias, groups, pixels, add, out);
-    if (width == 4) return multiply_side_by_side<T, 4>(in, matrix, bias, groups, pixels, add, out);
-    if (width == 8) return multiply_side_by_side<T, 8>(in, matrix, bias, groups, pixels, add, out);
+    if (width == 2 && Vec<T>::lanes >= 2) return multiply_side_by_side<T, 2>(in, matrix, bias, groups, pixels, add, out);
+    if (width == 4 && Vec<T>::lanes >= 4) return multiply_side_by_side<T, 4>(in, matrix, bias, groups, pixels, add, out);
+    if (width == 8 && Vec<T>::lanes >= 8) return multiply_side_by_side<T, 8>(in, matrix, bias, groups, pixels, add, out);
     switch (width) {
+        case 8: return multiply_fixed<T, 8>(in, matrix, bias, groups, width, pixels, add, out);
         case 16: return multiply_fixed<T, 16>(in, matrix, bias, groups, width, pixels, add, out);
         default: return multiply_fixed<T, 0>(in, matrix, bias, groups, width, pixels, add, out);
     }
@@ -132,10 +133,11 @@ static void outer_side_by_side(const T* a, const T* b, int groups, int64_t pixel
 
 template <typename T>
 static void outer(const T* a, const T* b, int groups, int width, int64_t pixels, T* sum) {
-    if (width == 2) return outer_side_by_side<T, 2>(a, b, groups, pixels, sum);
-    if (width == 4) return outer_side_by_side<T, 4>(a, b, groups, pixels, sum);
-    if (width == 8) return outer_side_by_side<T, 8>(a, b, groups, pixels, sum);
+    if (width == 2 && Vec<T>::lanes >= 2) return outer_side_by_side<T, 2>(a, b, groups, pixels, sum);
+    if (width == 4 && Vec<T>::lanes >= 4) return outer_side_by_side<T, 4>(a, b, groups, pixels, sum);
+    if (width == 8 && Vec<T>::lanes >= 8) return outer_side_by_side<T, 8>(a, b, groups, pixels, sum);
     switch (width) {
+        case 8: return outer_fixed<T, 8>(a, b, groups, width, pixels, sum);
         case 16: return outer_fixed<T, 16>(a, b, groups, width, pixels, sum);
         default: return outer_fixed<T, 0>(a, b, groups, width, pixels, sum);
     }
