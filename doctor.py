@@ -34,8 +34,7 @@ MIN_DISK = MIN_MEMORY = 2 * GIB
 
 # Data set -> what stands for it below the data folder (torchvision's own layout).
 DATA_FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "mnist": "MNIST/raw"}
-# Module -> (what it is for, cure).
-OPTIONAL = {
+OPTIONAL = {  # module -> (what it is for, cure)
     "ffcv": ("the fast ImageNet loader", f"{SETUP} ffcv (after its compiler and headers: requirements-ffcv.txt)"),
     "onnx": ("export to ONNX", f"{SETUP} export"),
     "onnxruntime": ("the check of an exported file", f"{SETUP} export"),
@@ -43,12 +42,13 @@ OPTIONAL = {
     "submitit": ("sweeps on a Slurm cluster", f"{SETUP} cluster"),
     "rich": ("coloured tables in the terminal", ".venv/bin/python -m pip install rich"),
 }
-# Program -> (arguments that make it say its version, what it is for). apt's package has the same name but for dot.
-PROGRAMS = {
+PROGRAMS = {  # -> (argument that makes it say its version, what it is for)
     "dot": ("-V", "draws the cells; without it matplotlib does"),
     "ffmpeg": ("-version", "films of a search; GIFs do not need it"),
     "git": ("--version", "notes the commit in every run"),
+    "c++": ("--version", "builds the native CPU kernels, without which searches are slower"),
 }
+PACKAGES = {"dot": "graphviz", "c++": "g++"}  # Debian's, where it has another name
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def check_programs(_: Path) -> list[Finding]:
     """Programs outside Python, each asked for its version."""
     findings = []
     for name, (argument, purpose) in PROGRAMS.items():
-        cure = f"as root: apt-get install {'graphviz' if name == 'dot' else name}"
+        cure = f"as root: apt-get install {PACKAGES.get(name, name)}"
         value, good = f"not found; {purpose}", False
         if shutil.which(name) is not None:
             try:

@@ -252,6 +252,11 @@ if ! command -v dot >/dev/null; then
     fi
 fi
 
+if ! command -v c++ >/dev/null && is_root && command -v apt-get >/dev/null; then
+    say "installing g++ (builds the native CPU kernels)"
+    apt_install g++ || true
+fi
+
 summary=$("$VENV/bin/python" -c 'import sys, torch, torchvision, genotypes
 print("Python %d.%d.%d, torch %s, %s" % (*sys.version_info[:3], torch.__version__, "CUDA" if torch.cuda.is_available() else "no GPU"))') ||
     { touch "$VENV/.unusable"; die "torch and torchvision were installed but do not import together (see above); name a pair that fits: TORCH_SPEC"; }
@@ -259,4 +264,6 @@ version=$("$VENV/bin/python" -c 'import sys; print("%d.%d.%d" % sys.version_info
 echo "$ROOT" >"$VENV/.root"
 echo "$torch_spec" >"$VENV/.torch-spec"
 for part in core ${extras[@]+"${extras[@]}"}; do digest "$part" "$version" >"$VENV/.digest-$part"; done
+# After the digests: where it cannot be built everything works without it, only slower, and the program has said why.
+(cd "$ROOT" && "$VENV/bin/python" -m common.quant.kernels >/dev/null) || say "without a C++ compiler searches are slower (as root: apt-get install g++)"
 say "ready: $summary"

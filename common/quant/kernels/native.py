@@ -104,7 +104,7 @@ def _compile(name: str, kept: Path) -> None:
 
     kept.parent.mkdir(parents=True, exist_ok=True)
     print("native kernels: compiling them, once for this machine (some seconds) ...", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix="build-") as folder:
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix="build-") as folder, _programs_of_this_python():
         load(
             name,
             [str(_FOLDER / source) for source in _SOURCES],
@@ -114,6 +114,17 @@ def _compile(name: str, kept: Path) -> None:
             is_python_module=False,
         )
         os.replace(Path(folder) / f"{name}.so", kept)
+
+
+@contextmanager
+def _programs_of_this_python() -> Iterator[None]:
+    """An environment's programs (ninja) are found although it is not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def _processor() -> str:
