@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import data_pipeline, features, scaling, startup, supernet_step, training_step
+from benchmarks import data_pipeline, fast_preset, features, kernels, scaling, startup, supernet_step, training_step
 from benchmarks.measuring import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -64,8 +64,8 @@ GOALS: list[tuple[str, str, Callable[[dict[str, Any]], float], str]] = [
     ("second-order over first-order iteration", "supernet_second_order", _second_order, "<= 2.6"),
     ("quantised over float training step, time", "training_step", _training(_FIXED, "time_ratio"), "<= 1.35"),
     ("the same, activation memory", "training_step", _training(_FIXED, "saved_ratio"), "<= 0.6"),
-    ("learned steps (LSQ) over float, time", "training_step", _training(_LSQ, "time_ratio"), "<= 1.35"),
-    ("the same, activation memory", "training_step", _training(_LSQ, "saved_ratio"), "<= 0.6"),
+    ("learned steps (LSQ) over float, time", "training_step", _training(_LSQ, "time_ratio"), ""),
+    ("the same, activation memory", "training_step", _training(_LSQ, "saved_ratio"), ""),
     ("data pipeline's share of an iteration", _PLAIN, _of(_PLAIN, "data_share"), "<= 0.03"),
     ("start to first step, slowest, seconds", "startup", _slowest_start, "<= 6"),
 ]
@@ -120,6 +120,8 @@ def figures(name: str, results: dict[str, Any]) -> str:
         "features": features.table,
         "scaling": scaling.table,
         "data_pipeline": data_pipeline.table,
+        "kernels": kernels.table,
+        "fast_preset_quickstart": fast_preset.table,
     }
     if not name.startswith("supernet_") and name not in tables:
         raise ValueError(f"docs/performance.md: no benchmark makes the figures {name!r}")

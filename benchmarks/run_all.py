@@ -28,6 +28,7 @@ PLAN: dict[str, list[str]] = {
     "supernet_darts": [STEP, "--against", "plain", "--bits", "32", "--method", "darts", "--repeats", "3"],
     "supernet_second_order": [STEP, "--second-order", "finite-difference"],
     "training_step": ["training_step.py"],
+    "kernels": ["kernels.py"],
     "startup": ["startup.py"],
     "features": ["features.py"],
     "scaling": ["scaling.py", "--csv", "{csv}", "--plot", "{plot}"],

@@ -55,12 +55,11 @@ from common.quant.kernels.separable import (
 )
 
 _POOLINGS = {"max_pool_3x3": MAXIMUM, "avg_pool_3x3": MEAN}
-_WIDEST = 32  # channels of an edge beyond which PyTorch's matrix products are faster
 
 
 def fusible(edges: StackedEdges, x: Tensor) -> bool:
     """Whether the kernels compute these edges on this tensor [B, c, H, W]."""
-    if not usable(x) or x.shape[1] > _WIDEST or any(name not in _POOLINGS for name in edges.poolings):
+    if not usable(x) or any(name not in _POOLINGS for name in edges.poolings):
         return False
     if edges.stride == 2 and (x.shape[2] % 2 or x.shape[3] % 2):
         return False

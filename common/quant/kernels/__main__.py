@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the native kernels now rather than at the first step, and say whether they are there.
 
-    python -m common.quant.kernels
+python -m common.quant.kernels
 """
 
 from __future__ import annotations

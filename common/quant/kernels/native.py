@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -100,6 +101,8 @@ def _compile(name: str, kept: Path) -> None:
     """Compile into a folder of this process's own and move the result: no lock, no half-written file is ever loaded."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise RuntimeError("no C++ compiler was found; install g++")
+    # a machine without CUDA is no news here
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.cpp_extension import load
 
     kept.parent.mkdir(parents=True, exist_ok=True)

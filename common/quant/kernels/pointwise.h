@@ -71,17 +71,44 @@ static void multiply_side_by_side(
     multiply_fixed<T, W>(in + done * C, matrix, bias, groups, W, pixels - done, add, out + done * C);
 }
 
+// Where a group fills whole vectors: four pixels at a time, so that a row of the matrix is loaded once for all of them
+// and four sums grow side by side.
+template <typename T, int P>
+static inline void multiply_pixels(
+    const T* in, const T* m, const T* start, int c, int64_t pitch, bool add, T* out) {
+    vec<T> sum[P];
+    for (int p = 0; p < P; p++) sum[p] = (start ? load(start) : vec<T>{}) + (add ? load(out + p * pitch) : vec<T>{});
+    for (int i = 0; i < c; i++) {
+        const vec<T> row = load(m + (int64_t)i * c);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) sum[p] += in[p * pitch + i] * row;
+    }
+    for (int p = 0; p < P; p++) store(out + p * pitch, sum[p]);
+}
+
+template <typename T>
+static void multiply_wide(
+    const T* in, const T* matrix, const T* bias, int groups, int c, int64_t pixels, bool add, T* out) {
+    const int64_t C = (int64_t)groups * c;
+    for (int g = 0; g < groups; g++)
+        for (int o = 0; o < c; o += Vec<T>::lanes) {
+            const T *m = matrix + (size_t)g * c * c + o, *start = bias ? bias + g * c + o : nullptr;
+            int64_t p = 0;
+            for (; p + 4 <= pixels; p += 4)
+                multiply_pixels<T, 4>(in + p * C + g * c, m, start, c, C, add, out + p * C + g * c + o);
+            for (; p < pixels; p++)
+                multiply_pixels<T, 1>(in + p * C + g * c, m, start, c, C, add, out + p * C + g * c + o);
+        }
+}
+
 template <typename T>
 static void multiply(
     const T* in, const T* matrix, const T* bias, int groups, int width, int64_t pixels, bool add, T* out) {
     if (width == 2 && Vec<T>::lanes >= 2) return multiply_side_by_side<T, 2>(in, matrix, bias, groups, pixels, add, out);
     if (width == 4 && Vec<T>::lanes >= 4) return multiply_side_by_side<T, 4>(in, matrix, bias, groups, pixels, add, out);
     if (width == 8 && Vec<T>::lanes >= 8) return multiply_side_by_side<T, 8>(in, matrix, bias, groups, pixels, add, out);
-    switch (width) {
-        case 8: return multiply_fixed<T, 8>(in, matrix, bias, groups, width, pixels, add, out);
-        case 16: return multiply_fixed<T, 16>(in, matrix, bias, groups, width, pixels, add, out);
-        default: return multiply_fixed<T, 0>(in, matrix, bias, groups, width, pixels, add, out);
-    }
+    if (width % Vec<T>::lanes == 0) return multiply_wide(in, matrix, bias, groups, width, pixels, add, out);
+    return multiply_fixed<T, 0>(in, matrix, bias, groups, width, pixels, add, out);
 }
 
 // sum[g][i][o] += sum_p a[p][g, i] x b[p][g, o]
@@ -131,16 +158,35 @@ static void outer_side_by_side(const T* a, const T* b, int groups, int64_t pixel
     outer_fixed<T, W>(a + done * C, b + done * C, groups, W, pixels - done, sum);
 }
 
+// Where a group fills whole vectors: eight rows of the sums stay in registers over all pixels.
+template <typename T>
+static void outer_wide(const T* a, const T* b, int groups, int c, int64_t pixels, T* sum) {
+    constexpr int rows = 8;
+    const int64_t C = (int64_t)groups * c;
+    for (int g = 0; g < groups; g++)
+        for (int i = 0; i < c; i += rows)
+            for (int o = 0; o < c; o += Vec<T>::lanes) {
+                vec<T> acc[rows] = {};
+                const T *x = a + g * c + i, *y = b + g * c + o;
+                for (int64_t p = 0; p < pixels; p++, x += C, y += C) {
+                    const vec<T> here = load(y);
+#pragma GCC unroll 8
+                    for (int r = 0; r < rows; r++) acc[r] += x[r] * here;
+                }
+                for (int r = 0; r < rows; r++) {
+                    T* to = sum + ((size_t)g * c + i + r) * c + o;
+                    store(to, load(to) + acc[r]);
+                }
+            }
+}
+
 template <typename T>
 static void outer(const T* a, const T* b, int groups, int width, int64_t pixels, T* sum) {
     if (width == 2 && Vec<T>::lanes >= 2) return outer_side_by_side<T, 2>(a, b, groups, pixels, sum);
     if (width == 4 && Vec<T>::lanes >= 4) return outer_side_by_side<T, 4>(a, b, groups, pixels, sum);
     if (width == 8 && Vec<T>::lanes >= 8) return outer_side_by_side<T, 8>(a, b, groups, pixels, sum);
-    switch (width) {
-        case 8: return outer_fixed<T, 8>(a, b, groups, width, pixels, sum);
-        case 16: return outer_fixed<T, 16>(a, b, groups, width, pixels, sum);
-        default: return outer_fixed<T, 0>(a, b, groups, width, pixels, sum);
-    }
+    if (width % 8 == 0 && width % Vec<T>::lanes == 0) return outer_wide(a, b, groups, width, pixels, sum);
+    return outer_fixed<T, 0>(a, b, groups, width, pixels, sum);
 }
 
 // sum[j] += sum_p a[p][j]
