@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import measuring
 from common.engine.files import read_json, write_json
 from common.recipes.presets import PRESETS
 from common.recipes.statistics import mean_interval
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "size": args.size,
         "fast": fast_flags(args.size),
         **compare(pairs),
+        "machine": measuring.machine(),
+        "versions": measuring.versions(),
     }
     print(table(result))
     if args.json is not None:

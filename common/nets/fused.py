@@ -57,12 +57,17 @@ from common.quant.kernels.separable import (
 _POOLINGS = {"max_pool_3x3": MAXIMUM, "avg_pool_3x3": MEAN}
 
 
-def fusible(edges: StackedEdges, x: Tensor) -> bool:
+def fusible(edges: StackedEdges, x: Tensor, strengths: Tensor, rows: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Whether the kernels compute these edges on this tensor [B, c, H, W]."""
-    if not usable(x) or any(name not in _POOLINGS for name in edges.poolings):
+    norms = [*edges.norms, *(norm for stack in edges.separable for norm in stack.norms)]
+    if not usable(x, strengths, rows, *weights, *(norm.running_mean for norm in norms)):
+        return False
+    if any(name not in _POOLINGS for name in edges.poolings):
         return False
     if edges.stride == 2 and (x.shape[2] % 2 or x.shape[3] % 2):
         return False
+    if x.shape[0] * x.shape[2] * x.shape[3] <= edges.stride**2:
+        return False  # a single value has no variance: PyTorch says so
     return all(levels.coded for stack in edges.separable for levels in stack.middle)
 
 
@@ -102,7 +107,8 @@ class _FusedEdges(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         x_in = x.permute(0, 2, 3, 1).contiguous()
-        entry = _operand(x_in, entry_levels, maximum, groups=1, relu=True)
+        if len(edges.separable):
+            entry = _operand(x_in, entry_levels, maximum, groups=1, relu=True)
         own_strengths, *own_weights = (t.contiguous() for t in (strengths, *weights))
         out, shared = _share(edges, x_in, own_strengths)
         halves: list[_Half] = []
@@ -275,6 +281,10 @@ def _twice(
 ) -> list[Tensor | None]:
     """The gradients as a graph: those of the twin, computed anew. Running statistics and ranges stay."""
     edges: StackedEdges = ctx.edges
+    # views of their own: what x itself depends on must not be counted again
+    view = lambda t: None if t is None else t.view_as(t)  # noqa: E731
+    with torch.enable_grad():
+        x, strengths, rows, weights = view(x), view(strengths), view(rows), [*map(view, weights)]
     inputs = [x, strengths, *([] if rows is None else [rows]), *weights]
     wanted = [t for t in inputs if t.requires_grad]
     norms = [*edges.norms, *(norm for stack in edges.separable for norm in stack.norms)]
@@ -291,27 +301,23 @@ def _twice(
 @contextmanager
 def _kept_statistics(norms: Sequence[torch.nn.BatchNorm2d]) -> Iterator[None]:
     """Within it, training forwards leave running statistics untouched."""
+    before = [norm.track_running_stats for norm in norms]
     for norm in norms:
         norm.track_running_stats = not norm.training
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, tracked in zip(norms, before, strict=True):
+            norm.track_running_stats = tracked
 
 
 def fused_node(heads: Sequence[Tensor], rests: Sequence[Tensor], betas: Tensor | None) -> Tensor:
     """`joined_node` on the kernels where they take it."""
-    if not rests or not usable(heads[0]) or heads[0].shape[1] + rests[0].shape[1] > JOINED_MOST:
+    if not rests or not usable(*heads, *rests, betas) or heads[0].shape[1] + rests[0].shape[1] > JOINED_MOST:
         return joined_node(heads, rests, betas)
     if betas is None:
         betas = heads[0].new_ones(len(heads))
     return _FusedNode.apply(betas, len(heads), *heads, *rests)
-
-
-def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same with channels dense and pixels in a row."""
-    return [t if dense_pixels(t) else t.contiguous(memory_format=torch.channels_last) for t in tensors]
 
 
 class _FusedNode(torch.autograd.Function):
@@ -320,7 +326,7 @@ class _FusedNode(torch.autograd.Function):
         heads, rests = tensors[:edges], tensors[edges:]
         ctx.save_for_backward(betas, *rests)
         ctx.width = heads[0].shape[1]
-        return join(_dense(heads), _dense(rests), betas.contiguous()).permute(0, 3, 1, 2)
+        return join([*map(dense_pixels, heads)], [*map(dense_pixels, rests)], betas.contiguous()).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -330,7 +336,7 @@ class _FusedNode(torch.autograd.Function):
             return _node_gradient(gradient, betas, rests, ctx.width)
         wanted = ctx.needs_input_grad[2 + edges :]
         g = gradient.permute(0, 2, 3, 1).contiguous()
-        head, found, sums = join_backward(g, _dense(rests), betas.contiguous(), ctx.width, wanted)
+        head, found, sums = join_backward(g, [*map(dense_pixels, rests)], betas.contiguous(), ctx.width, wanted)
         as_image = lambda t: None if t is None else t.permute(0, 3, 1, 2)  # noqa: E731
         return (sums.to(betas.dtype), None, *[as_image(head)] * edges, *map(as_image, found))
 

@@ -65,7 +65,7 @@ class ConvStack(nn.Module):
             bank.weights[self.position],
             bits=levels.bits,
             probabilities=bank.activation.index_select(0, self.row_index),
-            maximum=None if levels.range is None else levels.range(x.clamp_min(0)),
+            maximum=None if levels.range is None else levels.range(x),
             relu=True,
             stride=self.stride,
             padding=self.padding,

@@ -105,7 +105,7 @@ class StateEdges(nn.Module):
 
     def forward(self, x: Tensor, strengths: Tensor, bank: Bank) -> Tensor:
         """See the class."""
-        maximum = None if self.levels is None or self.levels.range is None else self.levels.range(x.clamp_min(0))
+        maximum = None if self.levels is None or self.levels.range is None else self.levels.range(x)
         total: Tensor | None = None
         if self.columns.numel():
             total = self._together(x, maximum, strengths.index_select(1, self.columns), bank)
@@ -121,7 +121,7 @@ class StateEdges(nn.Module):
 
     def _together(self, x: Tensor, maximum: Tensor | None, strengths: Tensor, bank: Bank) -> Tensor:
         rows, weights = self.stacked.operands(bank)
-        if fusible(self.stacked, x):
+        if fusible(self.stacked, x, strengths, rows, weights):
             return fused_edges(self.stacked, x, self.levels, maximum, strengths, rows, weights)
         active = F.relu(x)
         entry = active if self.levels is None else self.levels.levels(active, maximum)
@@ -137,7 +137,9 @@ class StateEdges(nn.Module):
             one = self.halving[0](self.levels.levels(active, maximum), bank)
             two = self.halving[1](self.shifted_levels.levels(shifted), bank)
         split = [t.unflatten(1, (len(self.edges), -1)) for t in (one, two)]
-        return self.halving_norm(torch.cat(split, 2).flatten(1, 2))
+        # dense channels, as everywhere: concatenating has left them
+        joined = torch.cat(split, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        return self.halving_norm(joined)
 
 
 STACKED = {"skip_connect", "sep_conv_3x3", "sep_conv_5x5", "sep_conv_7x7", "dil_conv_3x3", "dil_conv_5x5"}

@@ -59,6 +59,8 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], bound: float) 
     """Within `bound` of each tensor's largest value."""
     assert one.keys() == other.keys()
     for name, value in one.items():
+        if not value.numel():
+            continue
         size = other[name].abs().max().clamp_min(1e-6)
         assert (value - other[name]).abs().max() <= bound * size, name
 
@@ -117,14 +119,17 @@ def test_differentiated_twice(name: str) -> None:
     assert_same(*found, bound=1e-7)
 
 
-def test_a_node_in_all_its_forms() -> None:
+@pytest.mark.parametrize("size", [(2, 5, 6), (3, 1, 1), (1, 1, 1), (1, 4, 1), (2, 1, 3)])
+def test_a_node_in_all_its_forms(size: tuple[int, int, int]) -> None:
     """Sum, bypass and shuffle: contiguous and strided heads, with and without betas, both orders of gradients."""
     torch.manual_seed(0)
-    wider = torch.randn(2, 5, 6, 3, 4, dtype=torch.float64)  # pixels of three edges, of which a head is one
-    state = torch.randn(2, 5, 6, 12, dtype=torch.float64).permute(0, 3, 1, 2)
+    batch, height, width = size
+    wider = torch.randn(*size, 3, 4, dtype=torch.float64)  # pixels of three edges, of which a head is one
+    state = torch.randn(*size, 12, dtype=torch.float64).permute(0, 3, 1, 2)
     heads = [wider[:, :, :, 1].permute(0, 3, 1, 2).detach().requires_grad_()]
-    heads.append(torch.randn(2, 4, 5, 6, dtype=torch.float64).requires_grad_())
-    rests = [state.detach().requires_grad_(), torch.randn(2, 12, 5, 6, dtype=torch.float64).requires_grad_()]
+    heads.append(torch.randn(batch, 4, height, width, dtype=torch.float64).requires_grad_())
+    other = torch.randn(batch, 12, height, width, dtype=torch.float64)
+    rests = [state.detach().requires_grad_(), other.requires_grad_()]
     betas = torch.rand(2, dtype=torch.float64, requires_grad=True)
     for given in (betas, None):
         leaves = [*heads, *rests, *([] if given is None else [given])]
@@ -142,6 +147,26 @@ def test_a_node_in_all_its_forms() -> None:
         for a, b in zip(*second, strict=True):
             zero = torch.zeros((), dtype=torch.float64)  # None: no such path
             assert torch.allclose(zero if a is None else a, zero if b is None else b, atol=1e-11)
+
+
+@pytest.mark.parametrize("primitives", [("none", "max_pool_3x3"), ("none", "skip_connect"), ("sep_conv_3x3",)])
+@pytest.mark.parametrize("scheme", ["default", "reference"])
+def test_part_of_the_primitives(primitives: tuple[str, ...], scheme: str) -> None:
+    """Spaces without separable convolutions or poolings, with 8 bits in either form."""
+    found = []
+    for twin in (False, True):
+        net, x, y = build(bits=(2, 8), primitives=primitives, scheme=scheme)
+        with disabled() if twin else nullcontext():
+            found.append(results(net, x, y))
+    assert_same(*found, bound=1e-8)
+
+
+@pytest.mark.parametrize("bits", [None, (2, 4)])
+def test_no_image_at_all(bits: tuple[int, ...] | None) -> None:
+    """An empty batch is left to PyTorch."""
+    net, x, _ = build(bits=bits)
+    with nullcontext() if bits is None else pytest.raises(RuntimeError):  # its plain quantisers do not reshape nothing
+        assert net(x[:0]).shape == (0, 5)
 
 
 def saved_bytes(forward: Any) -> int:

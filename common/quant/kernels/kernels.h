@@ -92,6 +92,16 @@ constexpr int TASKS = 32;
 static inline int tasks_of(int64_t images) { return (int)std::min<int64_t>(images, TASKS); }
 static inline int64_t bound(int64_t images, int tasks, int task) { return images * task / tasks; }
 
+// Sums of all tasks, in the order of the tasks.
+static inline void add_tasks(const std::vector<std::vector<double>>& parts, double* out) {
+    if (parts.empty() || !out) return;
+    for (size_t k = 0; k < parts[0].size(); k++) {
+        double sum = 0;
+        for (const auto& part : parts) sum += part[k];
+        out[k] = sum;
+    }
+}
+
 // Per channel and bit-width what a mixture multiplies by, laid out over whole vectors: the pattern repeats after
 // `period` elements of the flat [pixels][channels] array.
 template <typename T>
@@ -290,7 +300,7 @@ static void decode_backward(
     const int64_t total = pixels * s.channels();
     if (r.floats) {
         if (s.relu)
-            for (int64_t f = 0; f < total; f++) out[f] = r.floats[f] > 0 ? d[f] : (T)0;
+            for (int64_t f = 0; f < total; f++) out[f] = r.floats[f] <= 0 ? (T)0 : d[f];
         else if (out != d)
             std::memcpy(out, d, sizeof(T) * total);
         return;

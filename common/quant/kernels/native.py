@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -29,23 +30,24 @@ _HEADERS = ("kernels.h", "depthwise.h", "normalisation.h", "pointwise.h")
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-w"]
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
-_enabled = True
+_enabled: ContextVar[bool] = ContextVar("native kernels", default=True)
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
     """Within it the PyTorch twins compute everything."""
-    global _enabled
-    before, _enabled = _enabled, False
+    token = _enabled.set(False)
     try:
         yield
     finally:
-        _enabled = before
+        _enabled.reset(token)
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: on the CPU, float32 or float64, outside autocast and torch.compile."""
-    if not _enabled or x.device.type != "cpu" or x.dtype not in _SUFFIX:
+def usable(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take these tensors: on the CPU, all float32 or all float64, outside autocast and compile."""
+    if any(other is not None and (other.dtype, other.device) != (x.dtype, x.device) for other in others):
+        return False
+    if not _enabled.get() or x.device.type != "cpu" or x.dtype not in _SUFFIX or not x.numel():
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -101,9 +103,12 @@ def _compile(name: str, kept: Path) -> None:
     """Compile into a folder of this process's own and move the result: no lock, no half-written file is ever loaded."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise RuntimeError("no C++ compiler was found; install g++")
-    # a machine without CUDA is no news here
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # a machine without CUDA is no news here
     from torch.utils.cpp_extension import load
+
+    logger.setLevel(level)
 
     kept.parent.mkdir(parents=True, exist_ok=True)
     print("native kernels: compiling them, once for this machine (some seconds) ...", file=sys.stderr)

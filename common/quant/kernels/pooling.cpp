@@ -92,14 +92,6 @@ struct Pools {
 
 constexpr int KINDS = 3;  // maximum, mean, the state itself
 
-void add_parts(const std::vector<std::vector<double>>& parts, double* out) {
-    for (size_t k = 0; k < parts[0].size(); k++) {
-        double sum = 0;
-        for (const auto& part : parts) sum += part[k];
-        out[k] = sum;
-    }
-}
-
 // Means over all pixels of u and of u^2 for both poolings: [2][c] each.
 template <typename T>
 void pool_moments(const T* x, int64_t images, int H, int W, int c, int stride, double* mean, double* second, int threads) {
@@ -124,7 +116,7 @@ void pool_moments(const T* x, int64_t images, int H, int W, int c, int stride, d
             for (int k = 0; k < 2 * c; k++) sums[t][k] += sum[k], squares[t][k] += square[k];
         }
     }
-    add_parts(sums, mean), add_parts(squares, second);
+    add_tasks(sums, mean), add_tasks(squares, second);
     for (int k = 0; k < 2 * c; k++) mean[k] /= count, second[k] /= count;
 }
 
@@ -190,7 +182,7 @@ void shared_sums(
         }
     }
     std::vector<double> total((KINDS + 1) * C);
-    add_parts(all, total.data());
+    add_tasks(all, total.data());
     std::copy(total.begin(), total.begin() + KINDS * C, products);
     std::copy(total.begin() + KINDS * C, total.end(), sums);
 }
@@ -320,7 +312,7 @@ void join_backward(
             }
         }
     }
-    add_parts(sums, d_beta);
+    add_tasks(sums, d_beta);
 }
 
 }  // namespace

@@ -96,14 +96,26 @@ def _addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p
 
 
 def _pitches(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
-    """Values from pixel to pixel of channels-last views [B, C, H, W]."""
-    return (_INT64 * len(tensors))(*(t.stride(3) for t in tensors))
+    """Values from pixel to pixel of what `dense_pixels` made."""
+    return (_INT64 * len(tensors))(*(_pitch(t) for t in tensors))
 
 
-def dense_pixels(x: Tensor) -> bool:
-    """Whether a view [B, C, H, W] has dense channels and pixels in a row, at whatever pitch."""
-    pitch, height, width = x.stride(3), x.shape[2], x.shape[3]
-    return x.stride(1) == 1 and x.stride(2) == pitch * width and x.stride(0) == pitch * width * height
+def _pitch(x: Tensor) -> int:
+    """Of a view [B, C, H, W]: the stride of the innermost axis of pixels that has any length."""
+    for axis in (3, 2, 0):
+        if x.shape[axis] > 1:
+            return x.stride(axis)
+    return x.shape[1]
+
+
+def dense_pixels(x: Tensor) -> Tensor:
+    """A view [B, C, H, W] with dense channels and its pixels in a row at one pitch: x, or a copy of it."""
+    rows = x.permute(0, 2, 3, 1)
+    _, height, width, channels = rows.shape
+    pitch = _pitch(x)
+    wanted = (pitch * width * height, pitch * width, pitch, 1)
+    fits = all(size == 1 or own == want for own, want, size in zip(rows.stride(), wanted, rows.shape, strict=True))
+    return x if fits and pitch >= channels else rows.contiguous().permute(0, 3, 1, 2)
 
 
 def join(heads: Sequence[Tensor], rests: Sequence[Tensor], betas: Tensor) -> Tensor:

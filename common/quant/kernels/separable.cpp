@@ -8,16 +8,6 @@ namespace {
 
 constexpr int BLOCK = 128;  // pixels decoded at a time where no neighbour is needed
 
-// Sums of all tasks, in the order of the tasks.
-void add_tasks(const std::vector<std::vector<double>>& parts, double* out) {
-    if (parts.empty() || !out) return;
-    for (size_t k = 0; k < parts[0].size(); k++) {
-        double sum = 0;
-        for (const auto& part : parts) sum += part[k];
-        out[k] = sum;
-    }
-}
-
 template <typename T>
 void widen_add(const std::vector<T>& from, std::vector<double>& to) {
     for (size_t k = 0; k < from.size(); k++) to[k] += from[k];
