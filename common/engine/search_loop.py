@@ -29,7 +29,7 @@ from common.engine.progress import Eta, progress, say
 from common.engine.protocols import BatchStream, RunLike
 from common.engine.schedules import rate_at
 from common.engine.seeding import rng_state, set_rng_state
-from common.engine.static_step import MODES, StaticStep, obstacle, plain_state, set_rate
+from common.engine.static_step import MODES, StaticStep, load_plain_state, obstacle, plain_state, set_rate
 
 GAMMA_LEVELS = ("lower", "upper")
 
@@ -423,7 +423,7 @@ class SearchLoop:
             )
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            load_plain_state(optimizer, state["optimizers"][name])
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
         self.epoch, self.step = int(state["epoch"]), int(state["step"])

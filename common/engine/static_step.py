@@ -111,5 +111,20 @@ def set_rate(group: dict[str, object], rate: float, *, captured: bool, device: t
 def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, object]:
     """The optimiser's state with rates as numbers, the same whether its steps were captured or not."""
     state = optimizer.state_dict()
-    groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+    groups = [
+        {**{name: value for name, value in group.items() if name != "capturable"}, "lr": float(group["lr"])}
+        for group in state["param_groups"]
+    ]
     return {**state, "param_groups": groups}
+
+
+def load_plain_state(optimizer: torch.optim.Optimizer, state: dict[str, object]) -> None:
+    """Go to a saved state, `capturable` staying as this process set it: a run may go on on another kind of device.
+
+    torch would take the checkpoint's, or False where it has none, and a step captured with that one is refused.
+    """
+    present = [group.get("capturable") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, capturable in zip(optimizer.param_groups, present, strict=True):
+        if capturable is not None:  # SGD has no such thing
+            group["capturable"] = capturable

@@ -120,6 +120,27 @@ def test_a_rate_in_a_tensor_keeps_its_place() -> None:
     assert group["lr"] == 0.5
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_run_goes_on_as_its_own_device_wants_it(captured: bool) -> None:
+    """What a capture needs of Adam comes from the machine that goes on, not from the one that saved, old or new."""
+    torch.manual_seed(0)
+    saved, resumed = (make_loop(Toy(), arch_begin_epoch=0) for _ in range(2))
+    saved.start_epoch()
+    saved.one_step()
+    for loop, capturable in ((saved, not captured), (resumed, captured)):
+        for group in loop.optimizers["arch"].param_groups:
+            group["capturable"] = capturable  # as SearchLoop does where it captures
+    state = saved.state_dict()
+    older = copy.deepcopy(state)  # of a release that saved the flag
+    older["optimizers"]["arch"]["param_groups"][0]["capturable"] = not captured
+    for found in (state, older):
+        assert found is older or "capturable" not in found["optimizers"]["arch"]["param_groups"][0]
+        resumed.load_state_dict(copy.deepcopy(found))
+        assert [group["capturable"] for group in resumed.optimizers["arch"].param_groups] == [captured]
+        mine, theirs = (loop.optimizers["arch"].state_dict()["state"][0] for loop in (saved, resumed))
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_what_cannot_be_captured_is_refused_with_the_reason() -> None:
     free = {"device": "cuda", "order": "first", "compiled": False, "ranks": 1}
     assert obstacle(**free) is None
