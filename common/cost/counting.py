@@ -106,7 +106,9 @@ def trace_layers(module: nn.Module, input_shape: Sequence[int]) -> list[LayerSha
     """
     try:
         return _trace(_shell(module), input_shape, "cpu", images=0)
-    except (RuntimeError, ValueError):  # an operation of the user's own that cannot take an empty batch
+    except Exception:
+        # An operation of the user's own may not take an empty batch, and says so as it likes: a maximum over it is
+        # an IndexError, a division by its size a ZeroDivisionError. What is really wrong fails again on one image.
         return _trace(copy.deepcopy(module).to("meta"), input_shape, "meta", images=1)
 
 

@@ -212,16 +212,32 @@ def test_a_trained_run_costs_what_its_result_says(tmp_path: Path) -> None:
     assert sizes["dataset"] == "mine" and sizes["num_classes"] == 7
 
 
-def test_an_operation_that_cannot_take_an_empty_batch_is_traced_too_and_weights_stay() -> None:
-    class Flat(torch.nn.Module):
+def _by_its_maximum(x: torch.Tensor) -> torch.Tensor:
+    return x / x.amax((0, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "operation, error",
+    [
+        (lambda x: x.view(len(x), -1, 4, 4), RuntimeError),  # -1 is ambiguous where there are no images
+        (_by_its_maximum, IndexError),
+        (lambda x: x * (1 // len(x)), ZeroDivisionError),
+    ],
+)
+def test_an_operation_that_cannot_take_an_empty_batch_is_traced_too_and_weights_stay(
+    operation: Any, error: type[Exception]
+) -> None:
+    class Own(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = torch.nn.Linear(48, 5)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(x.view(len(x), -1))  # -1 is ambiguous where there are no images
+            return self.linear(operation(x).flatten(1))
 
-    module = Flat()
+    module = Own()
+    with pytest.raises(error):
+        operation(torch.zeros(0, 3, 4, 4))
     before = module.linear.weight.detach().clone()
     (shape,) = trace_layers(module, (3, 4, 4))
     assert (shape.in_elements, shape.weights, shape.macs) == (48, 240, 240)
