@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each native kernel pays against its PyTorch twin: forward and backward, in training.
 
-`edges`: all candidates on the edges that leave a state (common/nets/fused.py); `node`: the sum of a node's edges; `input`
-and `depthwise`: a quantised dense and depthwise convolution with the ReLU before it (common/quant/coded.py). Sizes are those
-of the first and of the last cells of a search at 16 channels. Both sides run in one process, alternated; figures are
-medians of n, in CPU seconds, and saved bytes are what autograd keeps.
+`edges`: all candidates on the edges that leave a state (common/nets/fused.py); `node`: the sum of a node's edges;
+`input` and `depthwise`: a quantised dense and depthwise convolution with the ReLU before it (common/quant/coded.py).
+Sizes are those of the first and of the last cells of a search at 16 channels. Both sides run in one process,
+alternated; figures are medians of n, in CPU seconds, and saved bytes are what autograd keeps.
 
     python benchmarks/kernels.py --json benchmarks/results/kernels.json
 """

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from common.nets import build_network, build_supernet, load_architecture
 from common.quant.kernels import disabled
+from tests.helpers.saved import saved_bytes
 
 
 def evaluation_network(bits: tuple[int, int] | None = None) -> nn.Module:
@@ -90,23 +90,6 @@ def test_only_what_enters_a_cell_is_kept(name: str, kernels: bool) -> None:
     whole = kept()
     model.checkpoint_cells = True
     assert kept() < 0.35 * whole
-
-
-def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes of the storages that a forward keeps for its backward, each once, parameters and buffers aside."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output
-    return sum(storages.values())
 
 
 def test_nothing_is_computed_again_without_gradients() -> None:

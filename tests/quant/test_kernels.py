@@ -57,8 +57,8 @@ def close(found: Tensor, wanted: Tensor, bound: float) -> None:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """For sums of some hundred terms."""
-    return 1e-11 if dtype == torch.float64 else 1e-4
+    """For sums of some hundred terms, as kernels.h states it: terms x 2^-24 (2^-53) of the sum of their sizes."""
+    return 1e-13 if dtype == torch.float64 else 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -73,9 +73,7 @@ def test_codes_are_the_twins(bits: tuple[int, ...], dtype: torch.dtype) -> None:
         x = x.view(1, 1, -1, 1)
         operand = encode(x, bits, torch.tensor(2.0), groups=1, relu=relu)
         assert operand.codes is not None and operand.book is not None
-        plain = encode_plain(x, low, relu)
-        wanted = torch.where(plain == CODE, operand.book.nan_code, plain)
-        assert torch.equal(operand.codes & CODE, wanted)
+        assert torch.equal(operand.codes & CODE, encode_plain(x, low, relu))
         if 8 in bits:
             assert operand.codes8 is not None
             number = ~x.isnan()
@@ -153,7 +151,7 @@ def test_a_separable_pair(bits: tuple[int, ...] | None, shape: tuple[int, ...], 
         running = S.Running(*moved, norm.momentum, norm.eps, True)
         folded = S.normalise(middle, pointwise, running, strengths, 1)
         start = make(*(S.pointwise(middle, folded).shape))
-        close(as_image(S.pointwise(middle, folded, start.clone()) - start), out, 20 * tolerance(dtype))
+        close(as_image(S.pointwise(middle, folded, start.clone()) - start), out, 5 * tolerance(dtype))
         for one, other in zip(moved, norm.buffers(), strict=True):
             close(one.double(), other.double(), tolerance(dtype))
         g = gradient.permute(0, 2, 3, 1).contiguous()
@@ -167,7 +165,7 @@ def test_a_separable_pair(bits: tuple[int, ...] | None, shape: tuple[int, ...], 
     for name, one, other in zip(["x", "p", "depthwise", "pointwise", "strengths"], found, wanted, strict=True):
         # one bit-width alone is a scale, which the normalisation takes away: its gradient is a sum that cancels
         if other is not None and not (name == "p" and bits is not None and len(bits) == 1):
-            close(one, other, 200 * tolerance(dtype))
+            close(one, other, 10 * tolerance(dtype))
 
 
 @pytest.mark.parametrize("training", [True, False])

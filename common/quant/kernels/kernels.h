@@ -2,6 +2,12 @@
 // What the kernels share: vectors, mixtures of bit-widths, tensors given as codes, tasks over images.
 //
 // Layout: every tensor is [pixels][channels], channels dense (channels_last); channels are groups x width.
+//
+// Bounds: codes are exact. A decoded value is a sum over the bit-widths, in any order: within bits x 2^-24 of the sum of
+// their sizes in float. Sums over pixels run in T over a block of 128 pixels (moments, products of a 1x1) or over the
+// images of a task (weights of a depthwise convolution, probabilities, poolings), then in double: within terms x 2^-24 of
+// the sum of sizes, terms being those of the block or task. A variance is E[m^2] - E[m]^2 in double, of such sums: it loses
+// (mean / deviation)^2 of their precision.
 #pragma once
 
 #include <algorithm>

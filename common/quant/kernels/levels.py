@@ -73,11 +73,12 @@ def codebook(bits: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 
 def encode_plain(x: Tensor, bits: tuple[int, ...], relu: bool = False) -> Tensor:
-    """The twin of `encode` below 8 bits: codes of x, uint8. Not-a-number gets code 63."""
+    """The twin of `encode` below 8 bits: codes of x, uint8; the last is that of what is no number."""
     code = (x > (0.0 if relu else -ZERO)).to(x.dtype)
     for b in bits:
         code = code + hwgq_level(x, b)[0] + (x > hwgq_bound(b)).to(x.dtype)
-    return torch.where(x.isnan(), CODE, code).to(torch.uint8)
+    largest = 1 + sum(2**b for b in bits)  # all levels, all bounds and zero passed
+    return torch.where(x.isnan(), largest + 1, code).to(torch.uint8)
 
 
 class _Mixture(ctypes.Structure):
