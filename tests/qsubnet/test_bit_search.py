@@ -162,6 +162,15 @@ def test_presets_search_the_network_that_they_train() -> None:
         assert config.dataset == trained.get("dataset", "cifar10")
 
 
+def test_fast_says_what_it_changes_here() -> None:
+    """No architecture steps: what is left of the shared preset is half the epochs and twice the logits' rate."""
+    fast = presets(make_parser())["fast"]
+    about, plain = fast.pop("about"), config_of("--arch", "DARTS_V2")
+    assert fast.keys() == {"epochs", "gamma_learning_rate"} and "architecture step" not in about
+    assert 2 * fast["epochs"] == plain.epochs and "half the epochs" in about
+    assert fast["gamma_learning_rate"] == 2 * plain.gamma_learning_rate and "twice the rate" in about
+
+
 def test_defaults_are_the_reference_s() -> None:
     config = config_of()
     assert (config.epochs, config.lr_step_epochs, config.lr_step_factor, config.batch_size) == (50, 15, 0.1, 128)
