@@ -138,9 +138,10 @@ static void convolve(const Window& w, const T* padded, const T* weight, T* out) 
 }
 
 // The gradient of the image [H][W][C] from that of the output [Ho][Wo][C]; weights spread, flipped where stride is 1.
-// `scratch` holds padded() values (stride > 1), or the padded gradient (stride 1).
+// `buffer` holds the padded image's gradient (stride > 1), or the padded gradient (stride 1).
 template <typename T>
-static void convolve_input_gradient(const Window& w, const T* gradient, const T* weight, std::vector<T>& buffer, T* out) {
+static void convolve_input_gradient(
+    const Window& w, const T* gradient, const T* weight, std::vector<T>& buffer, T* out) {
     constexpr int L = Vec<T>::lanes;
     const int taps = w.taps(), length = w.Wo * w.C, period = std::lcm(w.C, L);
     if (w.stride == 1) {  // the convolution of the padded gradient with the flipped kernel

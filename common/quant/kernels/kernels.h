@@ -3,11 +3,11 @@
 //
 // Layout: every tensor is [pixels][channels], channels dense (channels_last); channels are groups x width.
 //
-// Bounds: codes are exact. A decoded value is a sum over the bit-widths, in any order: within bits x 2^-24 of the sum of
-// their sizes in float. Sums over pixels run in T over a block of 128 pixels (moments, products of a 1x1) or over the
-// images of a task (weights of a depthwise convolution, probabilities, poolings), then in double: within terms x 2^-24 of
-// the sum of sizes, terms being those of the block or task. A variance is E[m^2] - E[m]^2 in double, of such sums: it loses
-// (mean / deviation)^2 of their precision.
+// Bounds: codes are exact. A decoded value is a sum over the bit-widths, in any order: within bits x 2^-24 of the sum
+// of their sizes in float. Sums over pixels run in T over a block of 128 pixels (moments, products of a 1x1) or over the
+// images of a task (weights of a depthwise convolution, probabilities, poolings), then in double: within terms x 2^-24
+// of the sum of sizes, terms being those of the block or task. A variance is E[m^2] - E[m]^2 in double, of such sums:
+// it loses (mean / deviation)^2 of their precision.
 #pragma once
 
 #include <algorithm>
@@ -326,7 +326,8 @@ static void decode_backward(
         vec<T> factor = vec<T>{};
         for (int b = 0; b < m.bits; b++) {
             const T* masks = m.masks + b * TABLE;
-            factor += load(&pattern.weight[(size_t)b * period + at]) * (small ? look(masks, code) : look_any<T>(masks, code));
+            const vec<T> mask = small ? look(masks, code) : look_any<T>(masks, code);
+            factor += load(&pattern.weight[(size_t)b * period + at]) * mask;
             if (p_sum) {
                 const T* levels = m.levels + b * TABLE;
                 T* sum = p_sum + (size_t)b * period + at;
@@ -338,7 +339,8 @@ static void decode_backward(
             factor += load(&pattern.weight[(size_t)m.bits * period + at]) * inside;
             if (p_sum) {
                 T* sum = p_sum + (size_t)m.bits * period + at;
-                const vec<T> level = __builtin_convertvector(widen<T>(r.codes8 + f), vec<T>) * load(&pattern.scale8[at]);
+                const vec<T> step = load(&pattern.scale8[at]);
+                const vec<T> level = __builtin_convertvector(widen<T>(r.codes8 + f), vec<T>) * step;
                 store(sum, load(sum) + gradient * level);
             }
         }

@@ -148,7 +148,8 @@ void fold_shared(
 template <typename T>
 void fold_shared_backward(
     const double* products, const double* sums, Strength<T> strengths, const int* columns, const double* mu,
-    const double* rate, bool training, int64_t count, int groups, int c, Strength<T> d_strengths, T* constant, T* linear) {
+    const double* rate, bool training, int64_t count, int groups, int c, Strength<T> d_strengths, T* constant,
+    T* linear) {
     for (int kind = 0; kind < 3; kind++) {
         std::vector<double> total(groups);
         for (int i = 0; i < c; i++) {

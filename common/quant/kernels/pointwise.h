@@ -29,8 +29,8 @@ static void multiply_fixed(
         }
     }
 }
-// Where a group fits into a vector, several groups (and pixels) are computed side by side: the i-th factor of every lane
-// is its group's i-th value, a permutation of the vector.
+// Where a group fits into a vector, several groups (and pixels) are computed side by side: the i-th factor of every
+// lane is its group's i-th value, a permutation of the vector.
 template <typename T, int W>
 struct SideBySide {
     typedef typename Vec<T>::index index;
@@ -104,9 +104,10 @@ static void multiply_wide(
 template <typename T>
 static void multiply(
     const T* in, const T* matrix, const T* bias, int groups, int width, int64_t pixels, bool add, T* out) {
-    if (width == 2 && Vec<T>::lanes >= 2) return multiply_side_by_side<T, 2>(in, matrix, bias, groups, pixels, add, out);
-    if (width == 4 && Vec<T>::lanes >= 4) return multiply_side_by_side<T, 4>(in, matrix, bias, groups, pixels, add, out);
-    if (width == 8 && Vec<T>::lanes >= 8) return multiply_side_by_side<T, 8>(in, matrix, bias, groups, pixels, add, out);
+    constexpr int L = Vec<T>::lanes;
+    if (width == 2 && L >= 2) return multiply_side_by_side<T, 2>(in, matrix, bias, groups, pixels, add, out);
+    if (width == 4 && L >= 4) return multiply_side_by_side<T, 4>(in, matrix, bias, groups, pixels, add, out);
+    if (width == 8 && L >= 8) return multiply_side_by_side<T, 8>(in, matrix, bias, groups, pixels, add, out);
     if (width % Vec<T>::lanes == 0) return multiply_wide(in, matrix, bias, groups, width, pixels, add, out);
     return multiply_fixed<T, 0>(in, matrix, bias, groups, width, pixels, add, out);
 }

@@ -71,7 +71,8 @@ struct Pools {
         T* padded = aligned(back_buffer, w.padded());
         std::memset(padded, 0, sizeof(T) * w.padded());
         for (int y = 0; y < w.Ho; y++) {
-            const T *g = d_max ? d_max + (int64_t)y * length : nullptr, *where = d_max ? tap + (int64_t)y * length : nullptr;
+            const T* g = d_max ? d_max + (int64_t)y * length : nullptr;
+            const T* where = d_max ? tap + (int64_t)y * length : nullptr;
             const T *h = d_mean ? d_mean + (int64_t)y * length : nullptr, *scale = share.data() + (size_t)y * length;
             for (int t = 0; t < 9; t++) {
                 T* to = padded + w.tap(y, t / 3, t % 3);
@@ -94,9 +95,11 @@ constexpr int KINDS = 3;  // maximum, mean, the state itself
 
 // Means over all pixels of u and of u^2 for both poolings: [2][c] each.
 template <typename T>
-void pool_moments(const T* x, int64_t images, int H, int W, int c, int stride, double* mean, double* second, int threads) {
+void pool_moments(
+    const T* x, int64_t images, int H, int W, int c, int stride, double* mean, double* second, int threads) {
     const int tasks = tasks_of(images);
-    std::vector<std::vector<double>> sums(tasks, std::vector<double>(2 * c)), squares(tasks, std::vector<double>(2 * c));
+    std::vector<std::vector<double>> sums(tasks, std::vector<double>(2 * c));
+    std::vector<std::vector<double>> squares(tasks, std::vector<double>(2 * c));
     int64_t count = 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < tasks; t++) {
@@ -218,7 +221,8 @@ void shared_backward(
                         for (int e = 0; e < groups; e++) sum += by[e * c + i] * from[p * C + e * c + i];
                         here[p * c + i] = sum;
                         if (kind < 2)
-                            here[p * c + i] += constant[kind * c + i] + linear[kind * c + i] * u[kind * size + p * c + i];
+                            here[p * c + i] +=
+                                constant[kind * c + i] + linear[kind * c + i] * u[kind * size + p * c + i];
                     }
             }
             pools.backward(kinds & 1 ? d.data() : nullptr, tap.data(), kinds & 2 ? d.data() + size : nullptr, to);

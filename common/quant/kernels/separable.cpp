@@ -162,7 +162,8 @@ void pointwise_sums(
     add_tasks(sums, sum), add_tasks(squares, products);
 }
 
-// What one task keeps on its way back through a depthwise convolution of `image`; asked for by `weights`, `probabilities`.
+// What one task keeps on its way back through a depthwise convolution of `image`; asked for by `weights` and
+// `probabilities`.
 template <typename T>
 struct DepthwiseBack {
     const Source<T>& image;
@@ -232,7 +233,8 @@ void depthwise_backward(
 }
 
 // Depthwise convolution of `image` followed by `mid` (its output, quantised) and a 1x1 whose output's gradient is g:
-// dm = matrix^T g + mean + second m (`through` holds mean, then second), then back through mid's quantiser, the depthwise convolution and image's quantiser.
+// dm = matrix^T g + mean + second m (`through` holds mean, then second), then back through mid's quantiser, the
+// depthwise convolution and image's quantiser.
 template <typename T>
 void separable_backward(
     const Source<T>& mid, const T* g, const T* matrix, const T* through, const Source<T>& image, int64_t images,
@@ -285,8 +287,8 @@ void separable_backward(
 // variance [groups][out] and its input's moments.
 template <typename T>
 void normalise(
-    const Source<T>& s, int64_t images, int64_t pixels, const T* weight, const Running<T>& running, Strength<T> strength,
-    T* values, double* statistics, int threads) {
+    const Source<T>& s, int64_t images, int64_t pixels, const T* weight, const Running<T>& running,
+    Strength<T> strength, T* values, double* statistics, int threads) {
     const int C = s.channels(), square = C * s.width;
     if (running.training) moments(s, images, pixels, statistics + 2 * C, statistics + 3 * C, threads);
     fold_normalisation(
@@ -338,8 +340,8 @@ void pointwise_backward(
         pointwise_forward(*s, images, pixels, matrix, bias, add != 0, out, threads);                                   \
     }                                                                                                                  \
     extern "C" void normalise_##S(                                                                                     \
-        const Source<T>* s, int64_t images, int64_t pixels, const T* weight, const Running<T>* running, Strength<T> strength,\
-        T* values, double* statistics, int threads) {                                                                  \
+        const Source<T>* s, int64_t images, int64_t pixels, const T* weight, const Running<T>* running,                \
+        Strength<T> strength, T* values, double* statistics, int threads) {                                            \
         normalise(*s, images, pixels, weight, *running, strength, values, statistics, threads);                        \
     }                                                                                                                  \
     extern "C" void pointwise_backward_##S(                                                                            \
