@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.engine.bilevel import InnerGroup, architecture_gradients
 from common.nets import Supernet, build_network, build_supernet
@@ -191,9 +191,14 @@ VARIANTS = {
     "pc 2,4,8": {"method": "pc-darts", "bits": (2, 4, 8)},
     "pc 2,4,8 reference": {"method": "pc-darts", "bits": (2, 4, 8), "scheme": "reference"},
     "pc 1-4": {"method": "pc-darts", "bits": (1, 2, 3, 4)},
+    "pc k=2 2,4": {"method": "pc-darts", "partial": 2, "bits": (2, 4)},
+    "pc k=2 2,4,8": {"method": "pc-darts", "partial": 2, "bits": (2, 4, 8)},
+    "pc k=2 1-4": {"method": "pc-darts", "partial": 2, "bits": (1, 2, 3, 4)},
     "pc k=2 4,32": {"method": "pc-darts", "partial": 2, "bits": (4, 32)},
     "pc all bits": {"method": "pc-darts", "bits": (1, 2, 3, 4, 8, 32)},
     "darts 2,4": {"method": "darts", "bits": (2, 4)},
+    "darts 2,4,8": {"method": "darts", "bits": (2, 4, 8)},
+    "darts 1-4": {"method": "darts", "bits": (1, 2, 3, 4)},
     "darts 2,8": {"method": "darts", "bits": (2, 8)},
     "3 nodes, 2 out": {"method": "pc-darts", "bits": (2, 4), "nodes": 3, "multiplier": 2},
     "6 cells": {"method": "pc-darts", "bits": (2, 8), "layers": 6},
@@ -235,7 +240,47 @@ def assert_same_gradients(plain: PlainSupernet, fused: Supernet, atol: float = 1
         torch.testing.assert_close(theirs, mine, atol=atol, rtol=1e-8)
 
 
+def paired_statistics(plain: PlainSupernet, fused: Supernet) -> Iterator[tuple[nn.BatchNorm2d, Tensor, Tensor]]:
+    """Every batch norm of the plain network with mean and variance of the same channels in the production one.
+
+    There, candidates of all edges that leave a state lie side by side; a pooling is normalised once for all of them.
+    """
+    for name in ("stem", "stem0", "stem1"):
+        for mine, theirs in zip(getattr(plain, name, ()), getattr(fused, name, ()), strict=True):
+            if isinstance(mine, nn.BatchNorm2d):
+                yield mine, theirs.running_mean, theirs.running_var
+    for mine, theirs in zip(plain.cells, fused.cells, strict=True):
+        for name in ("preprocess0", "preprocess1"):
+            norm = getattr(theirs, name).bn
+            yield getattr(mine, name).bn, norm.running_mean, norm.running_var
+        for state in theirs.states:
+            together = [p for p in fused.primitives if p.startswith(("sep", "dil"))]
+            stacks = dict(zip(together, state.stacked.separable, strict=True))
+            pools = dict(zip(state.stacked.poolings, state.stacked.norms, strict=True))
+            for position, edge in enumerate(state.edges):
+                for name, branch in mine.edges[edge].candidates.items():
+                    norms = [module for module in branch.modules() if isinstance(module, nn.BatchNorm2d)]
+                    if name in pools:
+                        found = [pools[name]]
+                    else:
+                        found = list(stacks[name].norms) if name in stacks else [state.halving_norm] if norms else []
+                    for own, norm in zip(norms, found, strict=True):
+                        parts = [t.view(-1, state.channels) for t in (norm.running_mean, norm.running_var)]
+                        yield own, *(t[0 if name in pools else position] for t in parts)
+
+
+def assert_same_statistics(plain: PlainSupernet, fused: Supernet) -> None:
+    """Running means and variances of every batch norm of the two agree."""
+    count = 0
+    for norm, mean, variance in paired_statistics(plain, fused):
+        torch.testing.assert_close(mean, norm.running_mean, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(variance, norm.running_var, atol=1e-9, rtol=1e-9)
+        count += 1
+    assert count == sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+
+
 SLOW = {"pc all bits", "pc k=2 4,32", "darts 2,4", "6 cells", "imagenet", "one channel"}
+SLOW |= {"pc k=2 2,4", "pc k=2 2,4,8", "pc k=2 1-4", "darts 2,4,8", "darts 1-4"}
 
 
 def marked(names: Iterable[str], slow: set[str]) -> list[Any]:
@@ -243,38 +288,80 @@ def marked(names: Iterable[str], slow: set[str]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
+def assert_same_step(plain: PlainSupernet, fused: Supernet, x: Tensor, y: Tensor) -> None:
+    """Logits, loss and every gradient of one batch."""
+    found = []
+    for net in (plain, fused):
+        net.zero_grad()
+        logits = net(x)
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        found.append((logits.detach(), loss.item()))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-9, rtol=0)
+    assert found[1][1] == pytest.approx(found[0][1], abs=1e-9)
+    assert_same_gradients(plain, fused)
+
+
+def mean_bypass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both networks halve what passes by the operations with means in place of maxima, from here on.
+
+    Discrete weights on discrete activations make pixels that are equal but for rounding, and each network rounds in its
+    own order: where two of them are the maximum, the gradient goes to one or to the other, and both are right.
+    """
+    largest = F.max_pool2d
+
+    def pool(x: Tensor, kernel: int, *rest: Any, **more: Any) -> Tensor:
+        return F.avg_pool2d(x, 2, 2) if kernel == 2 else largest(x, kernel, *rest, **more)
+
+    monkeypatch.setattr(F, "max_pool2d", pool)
+
+
+TIED = {"3 nodes, 2 out"}  # with this seed, in evaluation
+
+
 @pytest.mark.parametrize("variant", marked(VARIANTS, SLOW))
-def test_fused_equals_plain(variant: str) -> None:
-    """Logits, loss and every gradient in two training steps (running ranges move), then logits in evaluation."""
+def test_fused_equals_plain(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two training steps (running ranges and statistics move), then evaluation: logits, loss and every gradient."""
     plain, fused, first, y = pair(variant)
     second = 2 * torch.randn_like(first)
     for x in (first, second):
-        losses = []
-        for net in (plain, fused):
-            net.zero_grad()
-            logits = net(x)
-            loss = F.cross_entropy(logits, y)
-            loss.backward()
-            losses.append((logits.detach(), loss.item()))
-        torch.testing.assert_close(losses[1][0], losses[0][0], atol=1e-9, rtol=0)
-        assert losses[1][1] == pytest.approx(losses[0][1], abs=1e-9)
-        assert_same_gradients(plain, fused)
-    plain.eval()
-    fused.eval()
-    if variant == "pc 2,4,8 reference":  # ranges of nearly dead channels: exact ties of rounding, either way is right
-        return
-    with torch.no_grad():
-        torch.testing.assert_close(fused(first), plain(first), atol=1e-9, rtol=0)
+        assert_same_step(plain, fused, x, y)
+        assert_same_statistics(plain, fused)
+    if variant in TIED:
+        mean_bypass(monkeypatch)
+    # Evaluation on the statistics of this very batch: those of two steps are so far off that activations saturate,
+    # which makes ties of maxima, and channels that are dead.
+    for net in (plain, fused):
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            net(first)
+        net.eval()
+    assert_same_statistics(plain, fused)
+    assert_same_step(plain, fused, first, y)
+    assert_same_statistics(plain, fused)
 
 
-@pytest.mark.parametrize(
-    "bits, scheme",
-    [((2, 4), "default"), pytest.param((2, 4, 8), "default", marks=pytest.mark.slow),
-     pytest.param(None, "default", marks=pytest.mark.slow)],
-)  # fmt: skip
-def test_exact_second_order_equals_the_plain_double_backward(bits: tuple[int, ...] | None, scheme: str) -> None:
+SECOND_ORDER = {
+    "2,4": {"bits": (2, 4)},
+    "2,4,8": {"bits": (2, 4, 8)},
+    "full precision": {},
+    "k=2 2,4": {"bits": (2, 4), "partial": 2},
+    "k=2 2,4,8": {"bits": (2, 4, 8), "partial": 2},
+    "k=2 full precision": {"partial": 2},
+    "darts 2,4": {"bits": (2, 4), "method": "darts"},
+    "darts 2,4,8": {"bits": (2, 4, 8), "method": "darts"},
+    "darts full precision": {"method": "darts"},
+}
+
+
+@pytest.mark.parametrize("variant", marked(SECOND_ORDER, SECOND_ORDER.keys() - {"2,4"}))
+def test_exact_second_order_equals_the_plain_double_backward(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused functions can be differentiated twice: alphas, betas through one step of weights and gammas."""
-    options = SMALL | {"method": "pc-darts", "bits": bits, "scheme": scheme, "nodes": 2, "multiplier": 2}
+    if variant == "k=2 2,4":  # tied maxima with this seed
+        mean_bypass(monkeypatch)
+    options = SMALL | {"method": "pc-darts", "nodes": 2, "multiplier": 2} | SECOND_ORDER[variant]
     torch.manual_seed(0)
     plain = PlainSupernet(**options).double()
     with torch.no_grad():
@@ -287,7 +374,7 @@ def test_exact_second_order_equals_the_plain_double_backward(bits: tuple[int, ..
     for net in (plain, fused):
         objective = Objective(net)
         inner = [InnerGroup(net.weight_parameters(), 0.1, 0.9, 3e-4)]
-        if bits is not None:
+        if fused.bits is not None:
             inner.append(InnerGroup(net.gamma_parameters(), 0.05, 0.0, 1e-3))
         loss = architecture_gradients(
             arch=net.arch_parameters(),
