@@ -30,8 +30,8 @@ def _of(name: str, key: str) -> Callable[[dict[str, Any]], float]:
     return lambda results: results[name][key]
 
 
-def _slowest_start(results: dict[str, Any]) -> float:
-    return max(case["seconds"] for case in results["startup"]["cases"].values())
+def _slowest_start(until: str) -> Callable[[dict[str, Any]], float]:
+    return lambda results: max(case[until] for case in results["startup"]["cases"].values())
 
 
 def _training(side: str, key: str) -> Callable[[dict[str, Any]], float]:
@@ -67,7 +67,8 @@ GOALS: list[tuple[str, str, Callable[[dict[str, Any]], float], str]] = [
     ("learned steps (LSQ) over float, time", "training_step", _training(_LSQ, "time_ratio"), ""),
     ("the same, activation memory", "training_step", _training(_LSQ, "saved_ratio"), ""),
     ("data pipeline's share of an iteration", _PLAIN, _of(_PLAIN, "data_share"), "<= 0.03"),
-    ("start to first step, slowest, seconds", "startup", _slowest_start, "<= 6"),
+    ("start to first step (imports, data, build), slowest, seconds", "startup", _slowest_start("seconds"), "<= 6"),
+    ("the same until that step is done", "startup", _slowest_start("done"), ""),
 ]
 
 

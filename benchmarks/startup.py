@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start of a program to its first step: wall seconds from the start of the process to the first batch being asked for.
+"""Start of a program to its first step: wall seconds from the start of the process until a step can begin, and its end.
 
 Programs: qdarts/search.py and qdarts/train.py on digits and (where --data holds it) CIFAR-10, at the papers' sizes of
-network. The parts: `imports` is Python and the modules until the flags are read; `data` is reading the images; `build`
-is the rest (network, cost, streams, run folder, lazy imports). `slowest_imports` are seconds of `python -X importtime`
-by top-level package, own time. One run of each warms the disk's cache and does not count; figures are medians of n.
+network. `seconds` end where the first batch is asked for, and are the goal's; their parts: `imports` is Python and the
+modules until the flags are read; `data` is reading the images; `build` is the rest (network, cost, streams, run folder,
+lazy imports). `step` is what the first step took from there on, which loads the kernels and computes a whole batch;
+`done` is when it had ended. `slowest_imports` are seconds of `python -X importtime` by top-level package, own time.
+One run of each warms the disk's cache, builds the native kernels where this machine has none, and does not count;
+figures are medians of n. `kernels` says what that build costs once for a machine (`cold`, by n processes that find an
+empty cache) and what finding the built ones costs (`warm`); null without a compiler.
 
     python benchmarks/startup.py [--data ROOT] --json benchmarks/results/startup.json
 """
@@ -62,12 +66,14 @@ def main(argv: list[str] | None = None) -> int:
             for program in PROGRAMS[:1] if args.smoke else PROGRAMS:
                 command = command_of(program, dataset, args, Path(scratch))
                 cases[f"{program} {dataset}"] = measure(command, args.repeats, warm=not args.smoke)
+        kernels = None if args.smoke else compile_kernels(Path(scratch), args.repeats)
     result = {
-        "schema": 1,
+        "schema": 2,
         "benchmark": "startup",
         "n": args.repeats,
         "goal": GOAL,
         "cases": cases,
+        "kernels": kernels,
         "machine": where,
         "versions": measuring.versions(),
     }
@@ -98,7 +104,7 @@ def measure(command: list[str], repeats: int, warm: bool) -> dict[str, Any]:
 
 
 def start(command: list[str]) -> dict[str, float]:
-    """One start: seconds until its first step, and their parts; RuntimeError where it ended before."""
+    """One start: seconds until its first step, their parts, and the step; RuntimeError where it ended before."""
     done = _run(command)
     line = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
     if line is None:
@@ -112,15 +118,37 @@ def _run(command: list[str], *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def slowest_imports(command: list[str], count: int = 8) -> dict[str, float]:
-    """Own seconds of the modules imported until the first step, by top-level package, the slowest first."""
+    """Own seconds of the modules imported until the first step is done, by top-level package, the slowest first."""
     seconds: Counter[str] = Counter()
     for own, module in _IMPORT.findall(_run(command, "-X", "importtime").stderr):
         seconds[module.split(".")[0]] += int(own) / 1e6
     return {name: round(value, 3) for name, value in seconds.most_common(count)}
 
 
+_LOAD = """
+import time
+from common.quant.kernels import native
+start = time.perf_counter()
+print(time.perf_counter() - start if native.library() else None)
+"""
+
+
+def compile_kernels(scratch: Path, repeats: int) -> dict[str, float] | None:
+    """Medians of the seconds until the native kernels are loaded, with an empty cache and with a full one."""
+    found: dict[str, list[float]] = {"cold": [], "warm": []}
+    for number in range(repeats):
+        for state in ("cold", "warm"):
+            environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(scratch / f"kernels{number}")}
+            command = [sys.executable, "-c", _LOAD]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+            if done.stdout.strip() == "None":
+                return None
+            found[state].append(float(done.stdout))
+    return {state: round(median(seconds), 4) for state, seconds in found.items()}
+
+
 def watch(begun: str, script: str, *arguments: str) -> NoReturn:
-    """In the process that is timed: run a program until it asks for its first batch, say when that was, and end.
+    """In the process that is timed: run a program until its first step is done, say when what was, and end.
 
     `begun` is the wall clock at the start of the process.
     """
@@ -141,13 +169,16 @@ def watch(begun: str, script: str, *arguments: str) -> NoReturn:
 
 
 def _hook(seconds: dict[str, float], begun: float) -> None:
-    """Once the flags are read: note the time, and wrap the reading of the data and the first batch."""
-    seconds["flags"] = time.time() - begun
+    """Once the flags are read: note the time, and wrap the reading of the data, the first batch and the first step."""
     import common.data.streams as streams
     import common.recipes.setup as setup
 
+    if Path(sys.argv[0]).stem == "search":  # the other loop is no part of this start
+        from common.engine.search_loop import SearchLoop as Loop
+    else:
+        from common.engine.train_loop import _Training as Loop
     imported = time.time() - begun
-    load = setup.load
+    load, batch, one_step = setup.load, streams.Stream.batch, Loop.one_step
 
     def timed_load(*given: Any, **options: Any) -> Any:
         start = time.time()
@@ -155,27 +186,47 @@ def _hook(seconds: dict[str, float], begun: float) -> None:
         seconds["data"] = time.time() - start
         return data
 
-    def first_batch(*_: object) -> NoReturn:
-        total = time.time() - begun
-        build = total - imported - seconds["data"]
-        parts = {"seconds": total, "imports": imported, "data": seconds["data"], "build": build}
-        parts["cpu"] = time.process_time()
-        print(MARK + json.dumps(parts), flush=True)
+    def noted_batch(*given: Any) -> Any:
+        seconds.setdefault("seconds", time.time() - begun)
+        return batch(*given)
+
+    def only_step(loop: Any) -> NoReturn:
+        one_step(loop)
+        finish_device()
+        done = time.time() - begun
+        build = seconds["seconds"] - imported - seconds["data"]
+        parts = {"imports": imported, "build": build, "step": done - seconds["seconds"], "done": done}
+        print(MARK + json.dumps({**seconds, **parts, "cpu": time.process_time()}), flush=True)
         os._exit(0)
 
-    setup.load, streams.Stream.batch = timed_load, first_batch
+    setup.load, streams.Stream.batch, Loop.one_step = timed_load, noted_batch, only_step
+
+
+def finish_device() -> None:
+    """Wait for what a GPU still has to do."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures as a table."""
-    rows = [f"wall seconds to the first step, medians of n = {result['n']} (goal {result['goal']:.0f})", ""]
-    rows += [
-        "| program | seconds | imports | data | build | CPU seconds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    n, goal = result["n"], result["goal"]
+    rows = [
+        f"wall seconds until the first step can begin (goal {goal:.0f}) and until it is done, medians of n = {n}",
+        "",
     ]
+    columns = {"can begin": "seconds", "imports": "imports", "data": "data", "build": "build"}
+    columns |= {"the step itself": "step", "done": "done", "CPU seconds": "cpu"}
+    rows += [f"| program | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for name, case in result["cases"].items():
-        parts = " | ".join(f"{case[part]:.2f}" for part in ("seconds", "imports", "data", "build", "cpu"))
-        rows.append(f"| {name} | {parts} |")
+        rows.append(f"| {name} | {' | '.join(f'{case[part]:.2f}' for part in columns.values())} |")
+    if result["kernels"] is not None:
+        cold, warm = result["kernels"]["cold"], result["kernels"]["warm"]
+        rows.append(
+            f"\nnative kernels: {cold:.1f} s to build them, once for a machine; {warm:.2f} s to load the built ones"
+        )
     for name, case in result["cases"].items():
         slowest = ", ".join(f"{module} {seconds:.2f}" for module, seconds in case["slowest_imports"].items())
         rows.append(f"\n{name}, own seconds by package: {slowest}")

@@ -152,6 +152,7 @@ def test_startup(root: Path) -> None:
     result = json.loads(run(root, "startup.py", "--smoke", "--json"))
     case = result["cases"]["search digits"]
     assert case["seconds"] == pytest.approx(case["imports"] + case["data"] + case["build"], abs=0.01)
+    assert case["done"] == pytest.approx(case["seconds"] + case["step"], abs=0.01) and case["step"] > 0
     assert case["slowest_imports"]["torch"] > 0
 
 
