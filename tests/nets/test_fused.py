@@ -166,7 +166,7 @@ def test_part_of_the_primitives(primitives: tuple[str, ...], scheme: str) -> Non
 @pytest.mark.parametrize("bits", [None, (2, 4, 8)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_values_at_the_edge(value: float, bits: tuple[int, ...] | None, training: bool) -> None:
-    """One huge or non-finite value in one pixel, one image all zero: the same values, and no number at the same places."""
+    """One huge or non-finite value in one pixel, one image all zero: the same values, no number at the same places."""
     net, x, _ = build(bits=bits)
     net(x)
     bank = net._bank()
