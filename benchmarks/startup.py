@@ -225,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
     if result["kernels"] is not None:
         cold, warm = result["kernels"]["cold"], result["kernels"]["warm"]
         rows.append(
-            f"\nnative kernels: {cold:.1f} s to build them, once for a machine; {1000 * warm:.0f} ms to load the built ones"
+            f"\nnative kernels: {cold:.1f} s to build, once for a machine; {1000 * warm:.0f} ms to load them later"
         )
     for name, case in result["cases"].items():
         slowest = ", ".join(f"{module} {seconds:.2f}" for module, seconds in case["slowest_imports"].items())
