@@ -159,6 +159,14 @@ static inline vec<T> look(const T* table, typename Vec<T>::index code) {
 #endif
     return look_any(table, code);
 }
+// Of a table of TABLE entries.
+template <typename T>
+static inline vec<T> look_whole(const T* table, typename Vec<T>::index code) {
+#if VECTOR == 64
+    if constexpr (sizeof(T) == 4) return code > 31 ? look(table + 32, code & 31) : look(table, code);
+#endif
+    return look(table, code);
+}
 // The same of a table that stays in registers, where it can.
 template <typename T>
 struct Look {
@@ -281,7 +289,7 @@ static void decode(const Source<T>& s, const Pattern<T>& pattern, const Rows<T>&
         vec<T> value = vec<T>{};
         for (int b = 0; b < m.bits; b++)
             value += load(&pattern.weight[(size_t)b * period + at]) *
-                     (small ? look(m.levels + b * TABLE, code) : look_any<T>(m.levels + b * TABLE, code));
+                     (small ? look(m.levels + b * TABLE, code) : look_whole(m.levels + b * TABLE, code));
         if (r.codes8)
             value += load(&pattern.step8[at]) * __builtin_convertvector(widen<T>(r.codes8 + f), vec<T>);
         if (!m.bits) value = (code == m.codes - 1) ? vec<T>{} + std::numeric_limits<T>::quiet_NaN() : value;
@@ -326,12 +334,12 @@ static void decode_backward(
         vec<T> factor = vec<T>{};
         for (int b = 0; b < m.bits; b++) {
             const T* masks = m.masks + b * TABLE;
-            const vec<T> mask = small ? look(masks, code) : look_any<T>(masks, code);
+            const vec<T> mask = small ? look(masks, code) : look_whole(masks, code);
             factor += load(&pattern.weight[(size_t)b * period + at]) * mask;
             if (p_sum) {
                 const T* levels = m.levels + b * TABLE;
                 T* sum = p_sum + (size_t)b * period + at;
-                store(sum, load(sum) + gradient * (small ? look(levels, code) : look_any<T>(levels, code)));
+                store(sum, load(sum) + gradient * (small ? look(levels, code) : look_whole(levels, code)));
             }
         }
         if (r.codes8) {
