@@ -245,9 +245,11 @@ def _primitive_forward(
 
 
 def _running(norm: torch.nn.BatchNorm2d) -> Running:
-    assert norm.momentum is not None
     statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return Running(*statistics, norm.momentum, norm.eps, norm.training)
+    momentum = norm.momentum
+    if momentum is None:  # the mean of all batches
+        momentum = 1 / (int(norm.num_batches_tracked) + 1)
+    return Running(*statistics, momentum, norm.eps, norm.training)
 
 
 def _operand(x: Tensor, levels: MixedActivation | None, maximum: Tensor | None, *, groups: int, relu: bool) -> Operand:

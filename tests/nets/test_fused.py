@@ -192,6 +192,20 @@ def test_values_at_the_edge(value: float, bits: tuple[int, ...] | None, training
         assert twins_gradient.isfinite().all() or not gradient.isfinite().all()
 
 
+def test_the_mean_over_all_batches() -> None:
+    """Running statistics of momentum None, by which a discrete architecture in the supernet is judged."""
+    found = []
+    for twin in (False, True):
+        net, x, y = build(bits=(2, 4))
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None
+        with disabled() if twin else nullcontext():
+            net(x.flip(0))
+            found.append(results(net, x, y))
+    assert_same(*found, bound=1e-8)
+
+
 @pytest.mark.parametrize("bits", [None, (2, 4)])
 def test_no_image_at_all(bits: tuple[int, ...] | None) -> None:
     """An empty batch is left to PyTorch."""

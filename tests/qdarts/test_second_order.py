@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from common.engine.bilevel import InnerGroup, architecture_gradients
 from common.nets import Supernet, build_supernet
+from common.quant.kernels import disabled
 
 LR, GAMMA_LR, MOMENTUM, DECAY, GAMMA_DECAY = 0.05, 0.3, 0.9, 3e-4, 1e-3
 
@@ -96,8 +97,10 @@ def test_passes_leave_running_ranges_alone() -> None:
     assert all(torch.equal(b, dict(model.named_buffers())[name]) for name, b in before.items())
 
 
+@disabled()  # the kernels know no softplus
 def test_finite_difference_is_exact_on_a_smooth_supernet() -> None:
     """Softplus in place of ReLU, and average in place of maximum pooling, make the full-precision supernet smooth."""
+    import common.nets.stacks as stacks
     import common.nets.supernet as module
 
     class Smooth:
@@ -110,7 +113,7 @@ def test_finite_difference_is_exact_on_a_smooth_supernet() -> None:
 
     model, arguments = setting(bits=None, method="darts")
     arguments["inner"] = [InnerGroup(model.weight_parameters(), LR, 0.0, DECAY)]
-    original, module.F = module.F, Smooth()
+    original, module.F, stacks.F = module.F, Smooth(), Smooth()
     try:
         for part in model.modules():
             for name, child in list(part.named_children()):
@@ -125,5 +128,5 @@ def test_finite_difference_is_exact_on_a_smooth_supernet() -> None:
         architecture_gradients(**arguments, order="finite-difference")
         difference = torch.cat([p.grad.flatten() for p in model.arch_parameters()])
     finally:
-        module.F = original
+        module.F = stacks.F = original
     assert (difference - exact).norm() < 1e-2 * (exact - first).norm()

@@ -20,7 +20,7 @@ def triton_kernels() -> ModuleType | None:
 
     The first call imports Triton and tries it on the card, so it must not be inside the capture of a CUDA graph.
     """
-    return _triton() if native._enabled else None
+    return _triton() if native.enabled() else None
 
 
 @cache

@@ -43,11 +43,16 @@ def disabled() -> Iterator[None]:
         _enabled.reset(token)
 
 
+def enabled() -> bool:
+    """Whether kernels may compute here at all (see `disabled`)."""
+    return _enabled.get()
+
+
 def usable(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take these tensors: on the CPU, all float32 or all float64, outside autocast and compile."""
     if any(other is not None and (other.dtype, other.device) != (x.dtype, x.device) for other in others):
         return False
-    if not _enabled.get() or x.device.type != "cpu" or x.dtype not in _SUFFIX or not x.numel():
+    if not enabled() or x.device.type != "cpu" or x.dtype not in _SUFFIX or not x.numel():
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
