@@ -32,7 +32,7 @@ def _of(name: str, key: str) -> Callable[[dict[str, Any]], float]:
 
 
 def _slowest_start(until: str) -> Callable[[dict[str, Any]], float]:
-    return lambda results: max(case[until] for case in results["startup"]["cases"].values())
+    return lambda results: max(case.get(until, float("nan")) for case in results["startup"]["cases"].values())
 
 
 def _training(side: str, key: str) -> Callable[[dict[str, Any]], float]:
@@ -154,6 +154,9 @@ def summary(results: dict[str, Any]) -> str:
             rows.append(f"| {label} | {bound} | - | not measured yet |")
             continue
         value = read(results)
+        if value != value:  # taken before this figure was
+            rows.append(f"| {label} | {bound} | - | not measured yet |")
+            continue
         rows.append(f"| {label} | {bound} | {_number(value)} | {verdict(value, bound)} |")
     return "\n".join(rows)
 

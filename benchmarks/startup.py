@@ -219,10 +219,12 @@ def table(result: dict[str, Any]) -> str:
     ]
     columns = {"can begin": "seconds", "imports": "imports", "data": "data", "build": "build"}
     columns |= {"the step itself": "step", "done": "done", "CPU seconds": "cpu"}
+    # figures taken before a column was there stand without it
+    columns = {name: part for name, part in columns.items() if all(part in case for case in result["cases"].values())}
     rows += [f"| program | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for name, case in result["cases"].items():
         rows.append(f"| {name} | {' | '.join(f'{case[part]:.2f}' for part in columns.values())} |")
-    if result["kernels"] is not None:
+    if result.get("kernels") is not None:
         cold, warm = result["kernels"]["cold"], result["kernels"]["warm"]
         rows.append(
             f"\nnative kernels: {cold:.1f} s to build, once for a machine; {1000 * warm:.0f} ms to load them later"
