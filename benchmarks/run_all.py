@@ -25,7 +25,7 @@ PLAN: dict[str, list[str]] = {
     "supernet_tuned": [STEP, "--against", "plain-tuned"],
     "supernet_8bit": [STEP, "--against", "plain", "--bits", "2", "4", "8"],
     "supernet_float": [STEP, "--against", "plain", "--bits", "32"],
-    "supernet_darts": [STEP, "--against", "plain", "--bits", "32", "--method", "darts", "--repeats", "3"],
+    "supernet_darts": [STEP, "--against", "plain", "--bits", "32", "--method", "darts", "--batch-size", "32", "--repeats", "3"],
     "supernet_second_order": [STEP, "--second-order", "finite-difference"],
     "training_step": ["training_step.py"],
     "kernels": ["kernels.py"],
