@@ -59,8 +59,7 @@ _POOLINGS = {"max_pool_3x3": MAXIMUM, "avg_pool_3x3": MEAN}
 
 def fusible(edges: StackedEdges, x: Tensor, strengths: Tensor, rows: Tensor | None, weights: Sequence[Tensor]) -> bool:
     """Whether the kernels compute these edges on this tensor [B, c, H, W]."""
-    norms = [*edges.norms, *(norm for stack in edges.separable for norm in stack.norms)]
-    if not usable(x, strengths, rows, *weights, *(norm.running_mean for norm in norms)):
+    if not usable(x, strengths, rows, *weights, *(norm.running_mean for norm in edges.batch_norms())):
         return False
     if any(name not in _POOLINGS for name in edges.poolings):
         return False
@@ -289,8 +288,7 @@ def _twice(
         x, strengths, rows, weights = view(x), view(strengths), view(rows), [*map(view, weights)]
     inputs = [x, strengths, *([] if rows is None else [rows]), *weights]
     wanted = [t for t in inputs if t.requires_grad]
-    norms = [*edges.norms, *(norm for stack in edges.separable for norm in stack.norms)]
-    with torch.enable_grad(), frozen_ranges(edges), _kept_statistics(norms):
+    with torch.enable_grad(), frozen_ranges(edges), _kept_statistics(edges.batch_norms()):
         active = F.relu(x)
         entry = active if ctx.entry_levels is None else ctx.entry_levels.levels(active, maximum)
         out = edges(x, entry, strengths, rows, weights).flatten(1, 2)

@@ -130,6 +130,10 @@ class StackedEdges(nn.Module):
         rows = [stack.stacks[0].row_index for stack in separable]
         self.register_buffer("row_index", torch.cat(rows) if rows else torch.zeros(0).long(), persistent=False)
 
+    def batch_norms(self) -> list[nn.BatchNorm2d]:
+        """Of the poolings and of the separable candidates."""
+        return [*self.norms, *(norm for stack in self.separable for norm in stack.norms)]
+
     def operands(self, bank: Bank) -> tuple[Tensor | None, list[Tensor]]:
         """Probabilities [separable, edges, bits] (None: full precision), and the weights of every stack."""
         rows = None

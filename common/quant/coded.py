@@ -108,8 +108,7 @@ def _pair(value: int | Sequence[int]) -> Pair:
 def codable(x: Tensor, weight: Tensor, bits: tuple[int, ...]) -> bool:
     """Whether the native kernels can compute it; elsewhere `coded_convolution` is plain operations."""
     low = bits[:-1] if bits[-1] == 8 else bits
-    fits = x.numel() > 0 and x.dtype == weight.dtype and all(b in LOW_BITS for b in low)
-    return fits and kernels.usable(x)
+    return all(b in LOW_BITS for b in low) and kernels.usable(x, weight)
 
 
 def _window(x: Tensor, weight: Tensor, layer: _Layer) -> Window | None:
