@@ -2,6 +2,16 @@
 """Fake quantisation: quantisers with their straight-through gradients, and the layers that use them."""
 
 from common.quant.calibrated import CALIBRATED_METHODS, CalibratedQuantizer
+from common.quant.discrete import (
+    KBITS,
+    TERNARY_BITS,
+    StochasticBinary,
+    binary,
+    kbit,
+    kbit_relu,
+    stochastic_binary,
+    ternary,
+)
 from common.quant.folding import fold_normalization
 from common.quant.layers import (
     MixedActivation,

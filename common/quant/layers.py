@@ -22,7 +22,6 @@ from common.quant.quantizers import (
     ActivationQuantizer,
     LsqQuantizer,
     RunningMaximum,
-    check_bits,
     hwgq_bound,
     hwgq_level,
     hwgq_mask,
@@ -46,7 +45,7 @@ def attach_quantizers(
 
     A `signed` input (an image, the classifier's) keeps its negatives: on a symmetric grid, or on LSQ's signed one.
     """
-    layer.weight_bits, layer.activation_bits = check_bits(weight_bits), check_bits(activation_bits)
+    layer.weight_bits, layer.activation_bits = weight_bits, activation_bits  # each quantiser knows which it has
     layer.signed_input = signed
     layer.quantize_weight = make_quantizer(WEIGHT_QUANTIZERS, weight_quantizer, weight_bits, scheme=scheme)
     layer.quantize_activation = make_quantizer(
