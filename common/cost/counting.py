@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.nets import Architecture, Network, build_network
+from common.nets import Architecture, EvaluationNetwork, network_of
 from common.quant import FLOAT_BITS, MixedQuantConv2d, QuantConv2d, QuantLinear
 
 
@@ -172,7 +172,7 @@ def image_shape(input_size: int | Sequence[int], in_channels: int) -> tuple[int,
     return (in_channels, *size) if len(size) == 2 else (size[0], size[1], size[2])
 
 
-def network_cost(network: Network, input_size: int | Sequence[int]) -> Cost:
+def network_cost(network: EvaluationNetwork, input_size: int | Sequence[int]) -> Cost:
     """Exact cost of an evaluation network for one image of `input_size` (H, (H, W) or (C, H, W)).
 
     The auxiliary head is not part of the network that is used, so it counts in `parameters_with_auxiliary` alone.
@@ -203,9 +203,9 @@ def network_cost(network: Network, input_size: int | Sequence[int]) -> Cost:
 
 
 def architecture_cost(architecture: Architecture, image_size: int, **build: Any) -> Cost:
-    """`network_cost` of the network that `build_network` would make; nothing is computed, no random number drawn."""
+    """`network_cost` of the network that `network_of` would make; nothing is computed, no random number drawn."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        network = build_network(architecture, **build)
+        network = network_of(architecture, **build)
     return network_cost(network, image_size)
 
 

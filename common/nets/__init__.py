@@ -2,6 +2,8 @@
 """Architectures and the networks built from them: the relaxed supernet and the evaluation network."""
 
 from common.nets.architecture import (
+    DARTS,
+    SPACES,
     Architecture,
     BitPolicy,
     CellBits,
@@ -9,20 +11,30 @@ from common.nets.architecture import (
     genotype_to_json,
     load_architecture,
 )
+from common.nets.enas_space import MicroCells, MicroNetwork, build_micro_network, parse_cells
 from common.nets.network import Network, build_network
+from common.nets.networks import EvaluationNetwork, network_of
 from common.nets.operations import OPERATIONS
 from common.nets.supernet import Supernet, build_supernet
 
 __all__ = [
+    "DARTS",
     "OPERATIONS",
+    "SPACES",
     "Architecture",
     "BitPolicy",
     "CellBits",
+    "EvaluationNetwork",
+    "MicroCells",
+    "MicroNetwork",
     "Network",
     "Supernet",
+    "build_micro_network",
     "build_network",
     "build_supernet",
     "genotype_from_json",
     "genotype_to_json",
     "load_architecture",
+    "network_of",
+    "parse_cells",
 ]

@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architecture = genotype + bit policy + provenance: the only thing that passes from a search to a training."""
+"""Architecture = genotype + bit policy + provenance: the only thing that passes from a search to a training.
+
+SPACES says how each search space checks, reads and writes its genotypes.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from common.nets import enas_space
 from common.nets.darts_space import validate_genotype
+from common.nets.enas_space import MicroCells
 from common.nets.operations import OPERATIONS
 from common.quant import SUPPORTED_BITS
 from genotypes import Genotype, lookup
 
 SCHEMA = 1
+DARTS = "darts"
 MAPPINGS = ("relative", "paper")
+_INTEGERS = re.compile(r"(\s|#[^\n]*\n)*(\[|\d+\s+\d+\s)")  # no name and no path begins like this
 _MAX_FILE_BYTES = 4_000_000  # an architecture is a few kilobytes; more is not one
 
 Bits = tuple[int, int]
@@ -108,21 +116,39 @@ def map_cells(searched: list[bool], grown: list[bool], mapping: str) -> list[int
 class Architecture:
     """Chosen cells, chosen bits (None: full precision), and where they come from."""
 
-    genotype: Genotype
+    genotype: Genotype | MicroCells
     bits: BitPolicy | None = None
-    space: str = "darts"
+    space: str = DARTS
     search: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.space != "darts":
-            raise ValueError(f"space: {self.space!r} is unknown; known: darts")
-        validate_genotype(self.genotype, tuple(OPERATIONS))
+        _space(self.space).validate(self.genotype)
+        if self.bits is not None and self.space != DARTS:
+            raise ValueError(f"bits: the layers of {self.space} have types, which train.py --layer-bits sets; use null")
         if self.bits is not None and self.bits.cells:
             _check_cells(self.genotype, self.bits.cells)
 
+    def require(self, space: str) -> None:
+        """Raise ValueError unless the architecture belongs to that space."""
+        if self.space != space:
+            raise ValueError(f"the architecture is of the space {self.space}, and this works on {space}")
+
+    def pairs(self, kind: str) -> tuple[tuple[str, int], ...]:
+        """(operation, state that it reads) of the cell "normal" or "reduce", two for each node."""
+        if isinstance(self.genotype, MicroCells):
+            return self.genotype.pairs(kind == "reduce")
+        return getattr(self.genotype, kind)
+
+    def concat(self, kind: str) -> tuple[int, ...]:
+        """The states that the cell "normal" or "reduce" hands on."""
+        if isinstance(self.genotype, MicroCells):
+            return tuple(self.genotype.unused(kind == "reduce"))
+        return tuple(getattr(self.genotype, f"{kind}_concat"))
+
     def with_uniform_bits(self, weight: int, activation: int) -> Architecture:
         """The same cells with one bit pair everywhere."""
+        self.require(DARTS)
         if weight == activation == 32:
             return replace(self, bits=None)
         return replace(self, bits=BitPolicy(uniform=_bits([weight, activation], "--wbits/--abits")))
@@ -139,7 +165,7 @@ class Architecture:
             "schema": SCHEMA,
             "space": self.space,
             "name": self.name,
-            "genotype": genotype_to_json(self.genotype),
+            "genotype": _space(self.space).to_json(self.genotype),
             "bits": None if self.bits is None else _bits_to_json(self.bits),
             "search": dict(self.search),
         }
@@ -301,23 +327,50 @@ def _from_json(data: Any) -> Architecture:
     data = _object(data, "architecture", {"schema", "space", "genotype", "bits"}, {"search", "name"})
     if data["schema"] is True or data["schema"] != SCHEMA:
         raise ValueError(f"schema: {data['schema']!r} is not {SCHEMA}, the one this version reads")
-    if data["space"] != "darts":
-        raise ValueError(f"space: {data['space']!r} is unknown; known: darts")
+    space = _space(data["space"])
     search, name = data.get("search") or {}, data.get("name")
     if not isinstance(search, dict):
         raise ValueError("search: expected an object")
     if name is not None and not isinstance(name, str):
         raise ValueError("name: expected a string")
     bits = None if data["bits"] is None else _policy_from_json(data["bits"])
-    return Architecture(genotype_from_json(data["genotype"]), bits, data["space"], search, name)
+    return Architecture(space.from_json(data["genotype"]), bits, data["space"], search, name)
+
+
+@dataclass(frozen=True)
+class Space:
+    """How the genotypes of one search space are checked, written and read; each raises ValueError naming the field."""
+
+    validate: Callable[[Any], None]
+    to_json: Callable[[Any], dict[str, Any]]
+    from_json: Callable[[Any], Any]
+
+
+def _validate_darts(genotype: Genotype) -> None:
+    validate_genotype(genotype, tuple(OPERATIONS))
+
+
+SPACES: dict[str, Space] = {
+    DARTS: Space(_validate_darts, genotype_to_json, genotype_from_json),
+    enas_space.SPACE: Space(enas_space.validate_cells, enas_space.cells_to_json, enas_space.cells_from_json),
+}
+"""The search spaces by name; `networks.NETWORKS` builds from them."""
+
+
+def _space(name: Any) -> Space:
+    if not isinstance(name, str) or name not in SPACES:
+        raise ValueError(f"space: {name!r} is unknown; known: {', '.join(SPACES)}")
+    return SPACES[name]
 
 
 def load_architecture(name_or_path: str | Path) -> Architecture:
-    """Resolve a genotype's name, an architecture.json, or a run folder that holds one.
+    """Resolve a genotype's name, an architecture.json, a run folder that holds one, or the numbers of two micro cells.
 
     A path that exists wins over a name, but a folder without an architecture.json does not hide one (the project's
     own `darts/`). Raises ValueError that names the file and field, or the nearest names.
     """
+    if isinstance(name_or_path, str) and _INTEGERS.match(name_or_path):
+        return Architecture(enas_space.parse_cells(name_or_path), space=enas_space.SPACE)
     path = Path(name_or_path)
     if path.is_dir() and not (path / "architecture.json").is_file():
         try:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.nets.architecture import Architecture, BitPolicy, Bits, CellBits
+from common.nets.architecture import DARTS, Architecture, BitPolicy, Bits, CellBits
 from common.nets.darts_space import CellPlan, check_image_size, output_channels, plan_cells
 from common.nets.operations import OPERATIONS, ConvFactory, drop_path, plain_convolution, preprocess
 from common.nets.recompute import recomputed
@@ -260,6 +260,7 @@ def build_network(
     """
     if isinstance(architecture, Genotype):
         architecture = Architecture(architecture)
+    architecture.require(DARTS)
     if stem not in STEMS:
         raise ValueError(f"stem: {stem!r} is unknown; choose cifar or imagenet")
     for flag, value in (("--init-channels", init_channels), ("--layers", layers), ("classes", num_classes)):

@@ -206,11 +206,11 @@ def check_own_bits(config: Config) -> list[str]:
 
 
 def check_architecture(config: Config) -> list[str]:
-    """Whether --arch resolves; what is wrong in an architecture file is named."""
-    from common.nets import load_architecture
+    """Whether --arch resolves, to cells of the DARTS space; what is wrong in an architecture file is named."""
+    from common.nets import DARTS, load_architecture
 
     try:
-        load_architecture(config.arch)
+        load_architecture(config.arch).require(DARTS)
     except (ValueError, OSError) as error:
         return [f"--arch: {error}"]
     return []

@@ -108,12 +108,12 @@ def architecture_cells(architecture: Architecture) -> list[Cell]:
     """The two cells of an architecture as they are drawn: normal first, then reduction."""
     cells = []
     for kind, title in _KINDS:
-        pairs = getattr(architecture.genotype, kind)
+        pairs = architecture.pairs(kind)
         edges = []
         for index, (operation, source) in enumerate(pairs):
             chips = _edge_chips(architecture.bits, kind, index, operation, source)
             edges.append(CellEdge(source, 2 + index // 2, operation, chips))
-        concat = tuple(getattr(architecture.genotype, f"{kind}_concat"))
+        concat = architecture.concat(kind)
         inputs = _input_chips(architecture.bits, kind)
         cells.append(Cell(kind, title, len(pairs) // 2, tuple(edges), concat, inputs))
     return cells

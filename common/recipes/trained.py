@@ -18,7 +18,7 @@ from common.cost import Cost
 from common.data import DatasetInfo, ImageData, evaluation_batches
 from common.engine import CheckpointStore, ClassificationMeter, load_state, read_json
 from common.engine.checkpoint import state_digest
-from common.nets import Architecture, Network, build_network
+from common.nets import Architecture, EvaluationNetwork, network_of
 from common.quant import fold_normalization
 
 EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's output depend on its batch
@@ -69,11 +69,11 @@ def final_figures(
 
 def load_trained(
     run: Path, checkpoint: Path | None = None, *, flag: str = "RUN"
-) -> tuple[Network, dict[str, Any], dict[str, Any]]:
+) -> tuple[EvaluationNetwork, dict[str, Any], dict[str, Any]]:
     """The trained network of a run folder, as trained or as quantised afterwards, on the CPU and in evaluation mode.
 
     `checkpoint` names one of its checkpoints in place of the newest valid one. Returns (network, config, info): the
-    training's flags by name, and method, dataset, seed, digest, stage, build (arguments of `build_network`), data (of
+    training's flags by name, and method, dataset, seed, digest, stage, build (arguments of `network_of`), data (of
     the images), epoch, checkpoint and state_digest (its SHA-256). Raises ValueError naming `flag`, folder and cure.
     """
     run = Path(run)
@@ -94,7 +94,7 @@ def load_trained(
     if not {"build", "architecture", "data", "model"} <= state.keys():
         raise ValueError(f"{flag} {run}: its checkpoint is not one of a training")
     architecture = Architecture.from_json(json.loads(state["architecture"]), f"{run} (checkpoint)")
-    network = build_network(architecture, **state["build"])
+    network = network_of(architecture, **state["build"])
     post_training = state.get("post_training", {})
     if post_training.get("folded"):
         fold_normalization(network)
