@@ -14,20 +14,22 @@ import torch
 from torch.optim import Optimizer
 
 
-class _Quick(Optimizer):
+class Quick(Optimizer):
+    """The base of optimisers that do not go through those wrappers."""
+
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
     state_dict = inspect.unwrap(Optimizer.state_dict)
     load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
 
 
-class SGD(_Quick, torch.optim.SGD):
+class SGD(Quick, torch.optim.SGD):
     """torch.optim.SGD."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-class Adam(_Quick, torch.optim.Adam):
+class Adam(Quick, torch.optim.Adam):
     """torch.optim.Adam."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))

@@ -47,3 +47,27 @@ def source_hinge(logits: Tensor, labels: Tensor) -> Tensor:
     for row, label in enumerate(labels.tolist()):
         targets[row, label] = 1.0
     return (1 - targets * logits).clamp_min(0).mean()
+
+
+@torch.no_grad()
+def fill_shared(child: nn.Module) -> nn.Module:
+    """Fill a child of shared weights in place; its tables are filled whole, [inputs, numel of one row]."""
+    fill_enas(child)
+    for layer in child.layers:
+        cell = layer.cell
+        for key, module in cell.separable.items():
+            place, kernel = key.split("_")
+            block, node, k = int(place[:-2]), int(place[-1]), int(kernel)
+            f = module.bn1.num_features
+            for stack in ("1", "2"):
+                depth, point = getattr(module, f"depthwise{stack}"), getattr(module, f"pointwise{stack}")
+                bn = getattr(module, f"bn{stack}")
+                rows = block + 2
+                depth.weight.copy_(waves((rows, k * k * f))[node].view(k, k, f, 1).permute(2, 3, 0, 1))
+                point.weight.copy_(waves((rows, f * f))[node].view(1, 1, f, f).permute(3, 2, 0, 1))
+                bn.weight.copy_(1 + 0.1 * waves((rows, f))[node])
+                bn.bias.copy_(0.1 * waves((rows, f))[node])
+        f = cell.final_bn.num_features
+        for node, conv in enumerate(cell.final):
+            conv.weight.copy_(waves((len(cell.final), f * f))[node].view(1, 1, f, f).permute(3, 2, 0, 1))
+    return child
