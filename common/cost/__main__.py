@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m common.cost TARGET`: what the network of a genotype's name, an architecture file or a run costs."""
+"""`python -m common.cost TARGET`: what the network of a genotype's name, an architecture file or a run costs.
+
+TARGET may also be the integers of both micro cells.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from common.cost.counting import Cost, network_cost
 from common.data import SHAPES, canonical_name
 from common.engine import read_json
 from common.engine.parsing import Config, Parser, Switch, choice, integer, one_of
-from common.nets import build_network, load_architecture
+from common.nets import DARTS, SPACES, Architecture, build_network, load_architecture, network_of
 from common.quant import SUPPORTED_BITS, fold_normalization
 from common.recipes.flags import run_program
 
@@ -38,6 +41,11 @@ def make_parser() -> Parser:
         help="channels of the first cell (default: the run's, or the papers')",
     )
     add("--layers", type=integer(1), metavar="N", help="cells (default: the run's, or the papers')")
+    add("--space", type=choice(*SPACES), metavar="|".join(SPACES), help="the search space (default: TARGET's own)")
+    add("--out-filters", type=integer(1), metavar="F", help="enas-micro: channels of the first cell (default: 16)")
+    add("--in-channels", type=integer(1), metavar="N", help="channels of the images (default: the data set's)")
+    types = "enas-micro: one type for all layers, or the stem's and each cell's (default: the run's, or the source's)"
+    add("--layer-bits", nargs="+", metavar="TYPE", help=types)
     add("--wbits", type=bits, metavar="B", help="uniform weight bits in place of the architecture's own")
     add("--abits", type=bits, metavar="B", help="uniform activation bits")
     add("--stem-bits", type=bits, default=None, metavar="B", help="bits of the stem (default: the run's, or 32)")
@@ -64,6 +72,9 @@ def _run_flags(target: str) -> dict[str, Any]:
     flags = record.get("config", {}) if isinstance(record, dict) else {}
     if record.get("stage") == "search":  # a search stands for the network that it is searched for
         flags = {**flags, "init_channels": flags.get("eval_init_channels"), "layers": flags.get("eval_layers")}
+        flags |= {"out_filters": flags.get("eval_out_filters")}
+        types = flags.get("layer_bits") or []
+        flags |= {"layer_bits": types if len(types) == 1 else None}  # types per layer are those of another depth
     result = read_json(file.with_name("result.json")) if file.with_name("result.json").is_file() else {}
     if isinstance(result, dict) and isinstance(result.get("network"), dict):  # trained: it says what it was built for
         flags = {**flags, **result["network"], "dataset": result.get("dataset"), "built": True}
@@ -84,6 +95,41 @@ def cost_of(config: Config) -> tuple[Cost, dict[str, Any]]:
 
         load_search_space(config.search_space)
     run = _run_flags(target)
+    architecture = load_architecture(target)
+    if config.space is not None and config.space != architecture.space:
+        raise ValueError(f"--space {config.space}: {target} is of the space {architecture.space}; leave --space out")
+    images = _images(config, run)
+    if architecture.space != DARTS:
+        return _micro_cost(config, run, architecture, images)
+    for flag in ("out_filters", "layer_bits"):
+        if getattr(config, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')}: means nothing for an architecture of the space {DARTS}")
+    known = {name: value for name, value in vars(config).items() if value is not None}
+    size = images["image_size"]
+    stem = run.get("stem") if run.get("stem") in _PAPER_SIZES else "imagenet" if size >= 128 else "cifar"
+    widths = _PAPER_SIZES[stem]
+    sizes = {
+        "stem": stem,
+        "in_channels": images["in_channels"],
+        "num_classes": images["num_classes"],
+        "init_channels": known.get("init_channels") or run.get("init_channels") or widths[0],
+        "layers": known.get("layers") or run.get("layers") or widths[1],
+        "stem_bits": known.get("stem_bits") or run.get("stem_bits") or 32,
+        "classifier_bits": known.get("classifier_bits") or run.get("classifier_bits") or 32,
+    }
+    if config.bit_mapping is not None:
+        architecture = architecture.with_mapping(config.bit_mapping)
+    if config.wbits is not None:
+        architecture = architecture.with_uniform_bits(config.wbits, config.abits)
+    network = build_network(architecture, **sizes)
+    if run.get("folded"):
+        fold_normalization(network)
+    name = {"target": target, "name": architecture.name, "dataset": images["dataset"], "image_size": size}
+    return network_cost(network, size), {**name, **sizes}
+
+
+def _images(config: Config, run: dict[str, Any]) -> dict[str, Any]:
+    """dataset, image_size, in_channels and num_classes: the flags', else the run's, else the data set's."""
     known = {name: value for name, value in vars(config).items() if value is not None}
     name = known.get("dataset") or run.get("dataset") or "cifar10"
     if "dataset" not in known and run.get("built"):
@@ -93,28 +139,35 @@ def cost_of(config: Config) -> tuple[Cost, dict[str, Any]]:
         if name not in SHAPES and not {"image_size", "classes"} <= known.keys():
             raise ValueError(f"--dataset {name}: its sizes are not fixed; give --image-size and --classes")
         channels, size, classes = SHAPES.get(name, (3, 0, 0))
-    size = known.get("image_size") or run.get("image_size") or size
-    stem = run.get("stem") if run.get("stem") in _PAPER_SIZES else "imagenet" if size >= 128 else "cifar"
-    widths = _PAPER_SIZES[stem]
-    sizes = {
-        "stem": stem,
-        "in_channels": channels,
+    return {
+        "dataset": name,
+        "image_size": known.get("image_size") or run.get("image_size") or size,
+        "in_channels": known.get("in_channels") or channels,
         "num_classes": known.get("classes") or classes,
-        "init_channels": known.get("init_channels") or run.get("init_channels") or widths[0],
-        "layers": known.get("layers") or run.get("layers") or widths[1],
-        "stem_bits": known.get("stem_bits") or run.get("stem_bits") or 32,
-        "classifier_bits": known.get("classifier_bits") or run.get("classifier_bits") or 32,
     }
-    architecture = load_architecture(target)
-    if config.bit_mapping is not None:
-        architecture = architecture.with_mapping(config.bit_mapping)
-    if config.wbits is not None:
-        architecture = architecture.with_uniform_bits(config.wbits, config.abits)
-    network = build_network(architecture, **sizes)
-    if run.get("folded"):
-        fold_normalization(network)
-    cost = network_cost(network, size)
-    return cost, {"target": target, "name": architecture.name, "dataset": name, "image_size": size, **sizes}
+
+
+def _micro_cost(
+    config: Config, run: dict[str, Any], architecture: Architecture, images: dict[str, Any]
+) -> tuple[Cost, dict[str, Any]]:
+    """The cost of a network of micro cells; images are 32 pixels wide unless a flag or the run says otherwise."""
+    for flag in ("init_channels", "wbits", "stem_bits", "classifier_bits", "bit_mapping"):
+        if getattr(config, flag) is not None:
+            cure = {"init_channels": "give --out-filters"}.get(flag, "give --layer-bits")
+            raise ValueError(f"--{flag.replace('_', '-')}: networks of {architecture.space} have no such size; {cure}")
+    size = config.image_size or run.get("image_size") or 32
+    types = config.layer_bits or run.get("layer_bits")
+    sizes = {
+        "in_channels": images["in_channels"],
+        "num_classes": images["num_classes"],
+        "out_filters": config.out_filters or run.get("out_filters") or 16,
+        "layers": config.layers or run.get("layers") or (6 if images["in_channels"] == 1 else 15),
+        "image_size": size,
+        "layer_bits": types,
+    }
+    network = network_of(architecture, **sizes)
+    target = {"target": config.target or config.arch, "name": architecture.name, "dataset": images["dataset"]}
+    return network_cost(network, size), {**target, **sizes}
 
 
 def as_text(cost: Cost, sizes: dict[str, Any], per_layer: bool) -> str:
@@ -130,9 +183,12 @@ def as_text(cost: Cost, sizes: dict[str, Any], per_layer: bool) -> str:
         ("activation memory", f"{cost.activation_bytes / 1e6:,.4f} MB (inputs of all layers, one image)"),
     ]
     alias = f" = {sizes['name']}" if sizes["name"] not in (None, sizes["target"]) else ""
+    if "stem" in sizes:
+        shape = f"C={sizes['init_channels']}, {sizes['layers']} cells, {sizes['stem']} stem"
+    else:
+        shape = f"F={sizes['out_filters']}, L={sizes['layers']}"
     head = (
-        f"{sizes['target']}{alias}: "
-        f"C={sizes['init_channels']}, {sizes['layers']} cells, {sizes['stem']} stem, "
+        f"{sizes['target']}{alias}: {shape}, "
         f"{sizes['in_channels']}x{sizes['image_size']}x{sizes['image_size']} images, {sizes['num_classes']} classes"
     )
     lines = [head, *(f"  {name:<30} {value}" for name, value in rows)]

@@ -202,7 +202,7 @@ def network_cost(network: EvaluationNetwork, input_size: int | Sequence[int]) ->
     )
 
 
-def architecture_cost(architecture: Architecture, image_size: int, **build: Any) -> Cost:
+def architecture_cost(architecture: Architecture, image_size: int, /, **build: Any) -> Cost:
     """`network_cost` of the network that `network_of` would make; nothing is computed, no random number drawn."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = network_of(architecture, **build)

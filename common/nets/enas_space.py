@@ -141,6 +141,19 @@ def validate_cells(cells: MicroCells, where: str = "") -> None:
                     raise ValueError(f"{place}: operation {operation} is unknown; known: {known}")
 
 
+def random_cells(blocks: int, generator: torch.Generator) -> MicroCells:
+    """Both cells drawn uniformly from the space."""
+    rows = []
+    for _ in range(2):
+        row: list[int] = []
+        for position in range(blocks):
+            for _ in range(2):
+                row.append(int(torch.randint(position + 2, (), generator=generator)))
+                row.append(int(torch.randint(len(OPERATION_NAMES), (), generator=generator)))
+        rows.append(tuple(row))
+    return MicroCells(*rows)
+
+
 def cells_to_json(cells: MicroCells) -> dict[str, Any]:
     """The `genotype` of an architecture.json."""
     return {"normal": list(cells.normal), "reduce": list(cells.reduce)}

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search and training as programs: flags, log lines, resuming bit by bit, and the chain of tools behind them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.engine import CheckpointStore, read_json
+from enas.flags import CIFAR_ARC, MNIST_ARC, make_parser, resolve
+from enas.recipe import run_search, run_training
+from tests.helpers.enas_fill import README_ARC
+from tests.helpers.programs import python
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--preset", "smoke", "--blocks", "2", "--no-tensorboard", "--device", "cpu"]
+ARC = "0 2 1 4 1 0 2 1  1 3 1 4 0 1 1 1"
+
+
+def config(stage: str, *flags: str) -> Any:
+    """Resolved flags."""
+    return resolve(make_parser(f"enas/{stage}.py", "", stage), list(flags), stage)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint's state."""
+    found = CheckpointStore(folder / "checkpoints", config_digest=read_json(folder / "config.json")["digest"]).latest()
+    assert found is not None
+    return found[0]
+
+
+def assert_same(a: Any, b: Any, where: str = "state") -> None:
+    """Bit-equal states."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for k, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{k}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize(
+    ("stage", "dataset", "expected"),
+    [
+        ("search", "cifar10", {"epochs": 150, "layers": 3, "blocks": 5, "out_filters": 20, "learning_rate_min": 5e-4}),
+        ("search", "mnist", {"epochs": 300, "layers": 2, "grad_clip": 5.0, "controller_lr": 0.0035, "log_every": 25}),
+        ("train", "cifar10", {"epochs": 5, "layers": 15, "learning_rate_min": 1e-4, "arch": CIFAR_ARC}),
+        ("train", "mnist", {"epochs": 300, "layers": 6, "learning_rate_min": 1e-5, "grad_clip": None, "log_every": 50}),
+    ],
+)
+def test_defaults_of_the_sources_scripts(stage: str, dataset: str, expected: dict[str, Any]) -> None:
+    found = config(stage, "--dataset", dataset)
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert (found.batch_size, found.learning_rate, found.lr_period, found.lr_period_factor) == (128, 0.05, 10, 2)
+    assert found.image_size == 32 and found.auxiliary and not found.augment and not found.cutout
+    assert found.val_fraction == pytest.approx(
+        {"search": 5000 / {"cifar10": 50000, "mnist": 60000}[dataset]}.get(stage, 0)
+    )
+
+
+@pytest.mark.parametrize("flag", ["-fixed_arc", "--fixed_arc", "--child_fixed_arc", "--arch", "-child_fixed_arc"])
+def test_both_spellings_of_the_architecture(flag: str) -> None:
+    assert config("train", "--dataset", "mnist", flag, README_ARC).arch == README_ARC
+    assert config("train", "--dataset", "mnist").arch == MNIST_ARC
+
+
+def test_the_sources_spellings() -> None:
+    text = "--child_num_layers 2 --child_num_cells 3 --child_out_filters 8 --child_lr_max .1 --child_lr_min .01 "
+    text += "--child_lr_T_0 5 --child_lr_T_mul 3 --child_lr_cosine True --child_use_aux_heads=False --num_epochs 7 "
+    text += "--controller_lr .001 --controller_tanh_constant None --controller_temperature 5 --controller_bl_dec .9 "
+    text += "--controller_train_steps 4 --controller_num_aggregate 2 --controller_entropy_weight .1 --output_dir x "
+    found = config("search", "--dataset", "mnist", *text.split())
+    assert (found.layers, found.blocks, found.out_filters, found.epochs, found.auxiliary) == (2, 3, 8, 7, False)
+    assert (found.learning_rate, found.learning_rate_min, found.lr_period, found.lr_period_factor) == (0.1, 0.01, 5, 3)
+    assert (found.controller_tanh_constant, found.controller_temperature, found.controller_bl_dec) == (None, 5.0, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        ("train", ["--fixed_arc", "0 1 0 1 0 1 0"], "7 numbers do not make"),
+        ("train", ["--fixed_arc", "0 1 2 1 0 1 0 1"], "input 2 does not exist"),
+        ("train", ["--fixed_arc", "0 1 0 7 0 1 0 1"], "operation 7 is unknown"),
+        ("train", ["--fixed_arc", "PC_DARTS"], "space darts"),
+        ("train", ["--layer-bits", "ternary", "binary"], "--layer-bits: 2 types"),
+        ("search", ["--image-size", "20"], "--image-size: 20"),
+        ("search", ["--reward", "accuracy-bitops"], "add --target-bitops"),
+        ("search", ["--target-bitops", "1G"], "--reward accuracy-bitops"),
+        ("search", ["--compile"], "--compile: architectures change"),
+        ("search", ["--controller-lrr", "1"], "did you mean --controller-lr"),
+    ],
+)
+def test_refused_before_any_work(
+    stage: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        config(stage, "--dataset", "cifar10", *flags)
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+# ------------------------------------------------------------------------------------------------------ the log
+
+
+def test_lines_of_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_search(config("search", *TINY, "--save", str(tmp_path / "run")))
+    lines = capsys.readouterr().out.splitlines()
+    child = [line for line in lines if line.startswith("epoch = ")]
+    # two steps an epoch; as in the source a line names the epoch that its step count has reached
+    assert [line[: line.index("loss")] for line in child] == [
+        "epoch = 0     ch_step = 1      ",
+        "epoch = 1     ch_step = 2      ",
+        "epoch = 1     ch_step = 3      ",
+        "epoch = 2     ch_step = 4      ",
+    ]
+    assert all(line.endswith(" " * (10 - len(line.split()[-1]))) for line in child)  # mins is padded to ten
+    controller = [line for line in lines if line.startswith("ctrl_step = ")]
+    # updates of three samples; an update counts when its last sample is there
+    assert [int(line.split()[2]) for line in controller] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+    for line in controller:
+        found = re.fullmatch(
+            r"ctrl_step = (.{6}) loss = (.{7,}) ent = (.{5})   lr = 0\.0035   \|g\| = (.{8,}) acc = (.{6})   "
+            r"bl = (.{5})  mins = (.+)",
+            line,
+        )
+        assert found, line
+    ten = [k for k, line in enumerate(lines) if line == "Here are 10 architectures"]
+    assert len(ten) == 2
+    for start in ten:
+        for k in range(10):
+            normal, reduce, accuracy, rule = lines[start + 1 + 4 * k : start + 5 + 4 * k]
+            for row in (normal, reduce):
+                assert re.fullmatch(r"\[\d( \d){7}\]", row), row
+            assert re.fullmatch(r"val_acc = \d\.\d{4}", accuracy) and rule == "-" * 80
+    at = lines.index("Epoch 1: Eval")
+    assert lines[at - 1] == "-" * 80  # after the ten architectures
+    assert lines[at + 1 : at + 7 : 3] == ["Eval at 2"] * 2
+    assert lines[at + 2] == "Valid Num examples:  144" and lines[at + 5] == "Test Num examples:  360"
+    assert re.fullmatch(r"valid_accuracy: \d\.\d{4}", lines[at + 3])
+    assert re.fullmatch(r"test_accuracy: \d\.\d{4}", lines[at + 6])
+    assert lines.index("Epoch 1: Training controller") < lines.index("Here are 10 architectures") < at
+    flag = next(line for line in lines if line.startswith("blocks."))
+    assert len(flag) == 80 and flag.endswith(".2")
+    assert any(re.fullmatch(r"Model has \d+ params", line) for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------------ resuming
+
+
+class Stopped(Exception):
+    """Stands for a killed process."""
+
+
+def stop_at(step: int) -> Any:
+    """A callback that stops a run after so many steps of either kind."""
+
+    def on_step(done: int) -> None:
+        if done == step:
+            raise Stopped
+
+    return on_step
+
+
+@pytest.mark.parametrize("step", [5, 7])  # in the child's steps and in the controller's, of the second epoch
+def test_a_resumed_search_is_the_uninterrupted_one(tmp_path: Path, step: int) -> None:
+    flags = [*TINY, "--layer-bits", "stochastic", "--checkpoint-minutes", "1e-9"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_search(config("search", *flags, "--save", str(whole)))
+    with pytest.raises(Stopped):
+        run_search(config("search", *flags, "--save", str(cut)), on_step=stop_at(step))
+    run_search(config("search", *flags, "--save", str(cut), "--resume", "auto"))
+    assert_same(state_of(whole), state_of(cut))
+    for name in ("history.jsonl", "architecture.json"):
+        assert (whole / name).read_text() == (cut / name).read_text(), name
+    rows = [read_json(folder / "result.json")["finalists"] for folder in (whole, cut)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, step: int) -> None:
+    flags = [*TINY[:2], *TINY[4:], "--fixed_arc", ARC, "--drop-path-keep-prob", "0.7", "--keep-prob", "0.8", "--cutout"]
+    flags += ["--cutout-length", "3"]
+    flags += ["--checkpoint-minutes", "1e-9", "--augment"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_training(config("train", *flags, "--save", str(whole)))
+    with pytest.raises(Stopped):
+        run_training(config("train", *flags, "--save", str(cut)), on_step=stop_at(step))
+    run_training(config("train", *flags, "--save", str(cut), "--resume", "auto"))
+    assert_same(state_of(whole), state_of(cut))
+    figures = [
+        {k: v for k, v in read_json(f / "result.json").items() if k in ("metrics", "cost")} for f in (whole, cut)
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_seeds_decide(tmp_path: Path) -> None:
+    results = []
+    for k, seed in enumerate((1, 2)):
+        run_search(config("search", *TINY, "--epochs", "1", "--seed", str(seed), "--save", str(tmp_path / str(k))))
+        results.append((tmp_path / str(k) / "history.jsonl").read_text())
+    assert results[0] != results[1]
+
+
+# ------------------------------------------------------------------------------------------------------ what is learned
+
+
+def test_latent_weights_stay_in_their_range(tmp_path: Path) -> None:
+    outside = []
+    for k, flags in enumerate(([], ["--no-clip-weights"])):
+        run_training(
+            config(
+                "train",
+                *TINY[:2],
+                *TINY[4:],
+                "--fixed_arc",
+                ARC,
+                "--lr",
+                "0.9",
+                *flags,
+                "--save",
+                str(tmp_path / str(k)),
+            )
+        )
+        model = state_of(tmp_path / str(k))["model"]
+        weights = [v for name, v in model.items() if v.dim() == 4 and "auxiliary" not in name]
+        outside.append(max(float(w.abs().max()) for w in weights) > 1)
+    assert outside == [False, True]
+
+
+def test_a_rewarded_cost_makes_cheaper_networks_win(tmp_path: Path) -> None:
+    flags = [*TINY, "--reward", "accuracy-bitops", "--target-bitops", "1k", "--cost-weight", "1"]
+    run_search(config("search", *flags, "--save", str(tmp_path / "run")))
+    rows = read_json(tmp_path / "run" / "result.json")["finalists"]
+    # far above the target the cost is nearly all that counts
+    assert [row["bitops"] for row in rows] == sorted(row["bitops"] for row in rows)
+    assert rows[0]["gain"] == pytest.approx(rows[0]["top1"] - (rows[0]["bitops"] / 1000 - 1))
+
+
+def test_without_a_controller_it_stands_still(tmp_path: Path) -> None:
+    run_search(config("search", *TINY, "--controller_training", "False", "--save", str(tmp_path / "run")))
+    state = state_of(tmp_path / "run")
+    assert state["updates"] == 0 and state["baseline"] == 0.0
+    assert read_json(tmp_path / "run" / "result.json")["finalists"]
+
+
+def test_dry_runs_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run_search(config("search", *TINY, "--dry-run"))
+    assert found["step_seconds"]["child"] > 0 and found["step_seconds"]["controller"] > 0
+    run_training(config("train", *TINY[:2], *TINY[4:], "--fixed_arc", ARC, "--dry-run"))
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ the chain
+
+
+def test_from_search_to_report(tmp_path: Path) -> None:
+    python(ROOT, ROOT / "enas/search.py", *TINY, "--save", "found", cwd=tmp_path)
+    architecture = json.loads((tmp_path / "found" / "architecture.json").read_text())
+    assert architecture["space"] == "enas-micro" and architecture["search"]["method"] == "enas"
+    command = read_json(tmp_path / "found" / "result.json")["train_command"].split()
+    assert command[:2] == ["python", "enas/train.py"]
+    small = ["--preset", "smoke", "--no-tensorboard", "--save", "trained"]
+    python(ROOT, ROOT / command[1], *command[2:], *small, cwd=tmp_path)
+    result = read_json(tmp_path / "trained" / "result.json")
+    evaluated = json.loads(python(ROOT, ROOT / "evaluate.py", "trained", "--json", cwd=tmp_path))
+    assert evaluated["top1"] == result["metrics"]["test_top1"] and evaluated["cost"] == result["cost"]
+    sizes = ["--out-filters", "2", "--layers", "1", "--image-size", "8", "--in-channels", "1", "--json"]
+    for target in ("found", "trained"):
+        cost = json.loads(python(ROOT, "-m", "common.cost", tmp_path / target, *sizes, cwd=ROOT))
+        assert cost["bitops"] == result["cost"]["bitops"]
+    python(ROOT, ROOT / "visualize.py", "trained", "--format", "svg", cwd=tmp_path)
+    assert (tmp_path / "trained" / "cells.svg").is_file()
+    text = python(ROOT, ROOT / "report.py", "found", "trained", cwd=tmp_path)
+    assert "enas" in text
