@@ -124,7 +124,7 @@ def _add_model(parser: Parser, stage: str) -> None:
     keep = "share of features that the classifier's dropout keeps"
     add("--keep-prob", "--child-keep-prob", type=number(0.01, 1), default=1.0, metavar="P", help=keep)
     compat = "keep the source's accidents: hinge targets +1 and -3, an untrained auxiliary head, a ternary y branch in "
-    compat += "the first cell, rescaled gradients there, no clipping of latent weights"
+    compat += "the first cell, rescaled gradients there, no clipping of gradients and latent weights"
     add("--compat", action=Switch, default=False, help=compat)
 
 
@@ -215,10 +215,21 @@ def _by_dataset(config: Config, stage: str) -> dict[str, Any]:
         if config.eval_layers is None:
             found |= {"eval_layers": PER_DATASET["train"][kind]["layers"]}
     else:
-        found |= {"val_fraction": 0.0}
+        found |= {"val_fraction": 0.0} | _types_of_search(config)
     if config.compat:
-        found |= {"clip_weights": False}
+        found |= {"clip_weights": False, "grad_clip": None}
     return config.open_among(found)
+
+
+def _types_of_search(config: Config) -> dict[str, Any]:
+    """The type that all layers of the search had which found the architecture, if they had one."""
+    from common.nets import load_architecture
+
+    try:
+        types = load_architecture(config.arch).search.get("layer_bits")
+    except (ValueError, OSError):
+        return {}  # the flags' check says what is wrong
+    return {"layer_bits": types} if isinstance(types, list) and len(types) == 1 else {}
 
 
 def _check_computing(config: Config) -> list[str]:

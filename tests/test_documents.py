@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers.programs import python
 
-METHODS = ("qdarts", "darts", "ptq", "fbqat", "qsubnet")
+METHODS = ("qdarts", "darts", "ptq", "fbqat", "qsubnet", "enas")
 ROOT = Path(__file__).resolve().parents[1]
 # Appended to a documented command, so that it takes seconds; later flags win.
 SMALL = ["--preset", "smoke", "--dataset", "digits", "--epochs", "1", "--batch-size", "16", "--steps-per-epoch", "1"]
@@ -75,16 +75,17 @@ def files_written_in_documents() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A joint search, a full-precision training, and a search of bits, at smoke size."""
+    """A joint search, a full-precision training, a search of bits and one of micro cells, at smoke size."""
     place = tmp_path_factory.mktemp("documents")
     few = ["--preset", "smoke", "--epochs", "1", "--no-tensorboard"]
     python(root, root / "qdarts/search.py", *few, "--save", "joint", cwd=place)
     python(root, root / "darts/train.py", *few, "--arch", "PC_DARTS", "--save", "trained", cwd=place)
     python(root, root / "qsubnet/search.py", *few, "--arch", "PC_DARTS", "--save", "bits", cwd=place)
+    python(root, root / "enas/search.py", *few, "--save", "micro", cwd=place)
     (place / "gamma_checkpoint.t7").write_bytes(b"")
     for name, content in files_written_in_documents().items():
         (place / name).write_text(content, encoding="utf-8")
-    return {name: place / name for name in ("joint", "trained", "bits")} | {"place": place}
+    return {name: place / name for name in ("joint", "trained", "bits", "micro")} | {"place": place}
 
 
 def filled(words: list[str], runs: dict[str, Path]) -> list[str]:
@@ -97,7 +98,8 @@ def filled(words: list[str], runs: dict[str, Path]) -> list[str]:
             word = str(runs["place"])
         elif word == "RUN" or re.fullmatch(r"runs/[\w-]+/RUN", word):
             bits = "qsubnet-search" in word or program == "qsubnet/train.py"
-            word = str(runs["trained" if needs_training or "-train/" in word else "bits" if bits else "joint"])
+            searched = "bits" if bits else "micro" if program.startswith("enas/") else "joint"
+            word = str(runs["trained" if needs_training or "-train/" in word else searched])
         elif word == "gamma_checkpoint.t7" or word in files_written_in_documents():
             word = str(runs["place"] / word)
         if word != "...":  # "and so on"
