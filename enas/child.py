@@ -103,7 +103,13 @@ class SharedLayer(nn.Module):
 
 
 class SharedChild(nn.Module):
-    """Stem, L + 2 layers of shared weights, classifier and auxiliary head."""
+    """Stem, L + 2 layers of shared weights, classifier and auxiliary head.
+
+    `memory_format` is how images are held in memory, from the input on.
+    """
+
+    memory_format = torch.channels_last
+    checkpoint_cells = False  # never: see enas/flags.py
 
     def __init__(
         self,
@@ -143,10 +149,11 @@ class SharedChild(nn.Module):
         self.last = types[-1].activation()
         self.classifier = nn.Linear(widths[1], num_classes, bias=False)
         initialize(self)
+        self.to(memory_format=self.memory_format)  # a third less time on a CPU
 
     def forward(self, x: Tensor, cells: MicroCells) -> tuple[Tensor, Tensor | None]:
         """Images [B, C, H, W] through one architecture -> (logits, the auxiliary head's, or None outside training)."""
-        before_last = last = self.stem(x)
+        before_last = last = self.stem(x.contiguous(memory_format=self.memory_format))
         auxiliary = None
         for index, layer in enumerate(self.layers):
             before_last, last = layer(before_last, last, cells)

@@ -235,7 +235,8 @@ def run_search(config: Config, *, on_step: Callable[[int], None] | None = None) 
     """Search what the flags say and return what result.json holds; more as in `run_training`."""
     data = _prepare_data(config)
     assert data.kept is not None and data.held is not None
-    child = SharedChild(blocks=config.blocks, **_network_arguments(config, data)).to(data.device)
+    child = SharedChild(blocks=config.blocks, **_network_arguments(config, data))
+    lay_out(child, config).to(data.device)
     controller = Controller(controller_settings(config)).to(data.device)
     size = evaluation_size(config, data.images)
     loop = {

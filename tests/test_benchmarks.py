@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import page, run_all, scaling
+from benchmarks import enas_step, page, run_all, scaling
 from benchmarks.measuring import OperationCounter, SavedBytes, count_nodes, counting_nodes
 from benchmarks.sides import Setting, build_side
+from common.nets.enas_space import random_cells
 from common.quant.kernels import native
 from tests.helpers.plain_supernet import PlainSupernet
 
@@ -165,6 +166,30 @@ def test_kernels(root: Path) -> None:
 
 
 @pytest.mark.slow
+def test_enas_step(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    said = run(root, "enas_step.py", "--smoke", "--json", str(output))
+    result = json.loads(output.read_text())
+    assert result["child_ratio"] > 0 and f"ratio {result['child_ratio']:.2f}" in said
+    assert {len(side["runs"]) for side in (*result["child"].values(), *result["controller"].values())} == {1}
+
+
+def test_both_sides_of_the_enas_step_compute_the_same() -> None:
+    args = enas_step.parse(["--smoke"])
+    cells = random_cells(args.blocks, torch.Generator().manual_seed(3))
+    sides = [enas_step.child_side(args, everything) for everything in (False, True)]
+    outputs = []
+    for side in sides:
+        logits, _ = side.model(enas_step.batch_of(args)[0], cells)
+        logits.square().sum().backward()
+        outputs.append((logits, side.model.stem[0].weight.grad))
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    # the plain way gives the operations that were not sampled gradients too, all of them zero
+    left = [p for p in sides[0].model.parameters() if p.grad is None]
+    assert left and sum(p.grad is None for p in sides[1].model.parameters()) < len(left)
+
+
 def test_training_step(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "figures.json"
     said = run(root, "training_step.py", "--smoke", "--json", str(output))

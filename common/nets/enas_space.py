@@ -293,7 +293,7 @@ class MicroNetwork(nn.Module):
     `drop_path_probability` may be set between steps: that of the last cell, earlier ones drop in proportion to depth.
     """
 
-    memory_format = torch.contiguous_format
+    memory_format = torch.channels_last
     checkpoint_cells = False
 
     def __init__(
@@ -415,4 +415,4 @@ def build_micro_network(
         compat=compat,
     )
     initialize(network)
-    return network
+    return network.to(memory_format=network.memory_format)
