@@ -190,6 +190,7 @@ def test_both_sides_of_the_enas_step_compute_the_same() -> None:
     assert left and sum(p.grad is None for p in sides[1].model.parameters()) < len(left)
 
 
+@pytest.mark.slow
 def test_training_step(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "figures.json"
     said = run(root, "training_step.py", "--smoke", "--json", str(output))

@@ -173,7 +173,14 @@ def test_documented_sweeps_and_tables_plan(words: list[str], root: Path) -> None
 
 def test_sweeps_and_tables_are_documented() -> None:
     named = " ".join(word for words in planned() for word in words)
-    for name in ("sweep.py --grid", "sweep.py scripts/plans/", "table1_cifar10.sh", "table_darts.sh", "ablations.sh"):
+    for name in (
+        "sweep.py --grid",
+        "sweep.py scripts/plans/",
+        "table1_cifar10.sh",
+        "table_darts.sh",
+        "table_enas.sh",
+        "ablations.sh",
+    ):
         assert name in named, name
 
 

@@ -106,6 +106,7 @@ def test_continuous_integration_runs_the_tests() -> None:
         "run_plan.sh",
         "table1_cifar10.sh",
         "table_darts.sh",
+        "table_enas.sh",
         "ablations.sh",
     ],
 )
