@@ -30,10 +30,16 @@ TERNARY_BITS = 2
 """What a ternary value takes in memory."""
 
 
+def _mark_non_finite(value: Tensor, x: Tensor) -> None:
+    """Make the value NaN where x is not finite: a comparison would give a level, and hide what went wrong."""
+    value.add_(x, alpha=0)
+
+
 def binary(x: Tensor) -> Tensor:
     """+1 where x > 0, else -1; gradient 1 on [-1, 1]."""
     with torch.no_grad():
         value, mask = torch.where(x > ZERO, 1.0, -1.0).to(x.dtype), x.abs() <= 1
+        _mark_non_finite(value, x)
     return straight_through(x, value, mask)
 
 
@@ -45,6 +51,7 @@ def stochastic_binary(x: Tensor, uniform: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         uniform = torch.rand_like(x) if uniform is None else uniform
         value = torch.where(uniform < (x + 1) / 2, 1.0, -1.0).to(x.dtype)
+        _mark_non_finite(value, x)
     return straight_through(x, value)
 
 
@@ -56,6 +63,7 @@ def ternary(x: Tensor, *, bounded: bool) -> Tensor:
     with torch.no_grad():
         value = (x > 0.5).to(x.dtype) - (x <= -0.5).to(x.dtype)
         mask = x.abs() <= 1 if bounded else None
+        _mark_non_finite(value, x)
     return straight_through(x, value, mask)
 
 

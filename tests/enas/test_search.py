@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from common.data import Stream
 from common.engine import CheckpointStore, read_json
+from common.engine.guard import NonFiniteError
 from enas.flags import CIFAR_ARC, MNIST_ARC, make_parser, resolve
 from enas.recipe import run_search, run_training
 from tests.helpers.enas_fill import README_ARC
@@ -206,6 +208,30 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, step: int) 
         {k: v for k, v in read_json(f / "result.json").items() if k in ("metrics", "cost")} for f in (whole, cut)
     ]
     assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_step_that_is_not_finite_stops_the_run(
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The state that is saved is the one before that step; a healthy machine goes on from it as if nothing was."""
+    flags = [*TINY, "--log-every", "100", "--save"]
+    run_search(config("search", *flags, str(tmp_path / "whole")))
+    plain = Stream.batch
+
+    def broken(stream: Stream, epoch: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = plain(stream, epoch, number)
+        bad = stream._name == "train" and 2 * epoch + number == step
+        return (x * float("nan") if bad else x), y
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "batch", broken)
+        with pytest.raises(NonFiniteError, match=f"step {step % 2 + 1} of epoch {step // 2 + 1}"):
+            run_search(config("search", *flags, str(tmp_path / "cut")))
+    saved = state_of(tmp_path / "cut")
+    assert (saved["epoch"], saved["position"]) == divmod(step, 2)
+    run_search(config("search", *flags, str(tmp_path / "cut"), "--resume", "auto"))
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
 def test_seeds_decide(tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_stochastic_binary_is_the_sign_in_evaluation() -> None:
     assert not torch.equal(layer(x), quant.binary(x))
 
 
+@pytest.mark.parametrize(("name", "bits"), [("binary", 1), ("stochastic", 1), ("ternary", 2), ("kbit", 4)])
+def test_not_a_number_is_not_hidden(name: str, bits: int) -> None:
+    x = torch.tensor([0.7, float("nan"), -0.2])
+    y = registered("activation", name, bits)(x)
+    assert y.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize(("name", "bits"), [("binary", 2), ("stochastic", 2), ("ternary", 1), ("kbit", 9), ("kbit", 0)])
 def test_bits_that_a_quantiser_does_not_have(name: str, bits: int) -> None:
     with pytest.raises(ValueError, match=str(bits)):
