@@ -4,7 +4,7 @@
 A cell of B blocks is 4 B integers (x input, x operation, y input, y operation) a block. Nodes 0 and 1 are the outputs
 of the layer before the last and of the last one, node 2 + c is block c, whose output is op_x(node x) + op_y(node y).
 What no block reads is concatenated. A network is a stem and L + 2 cells, three of them (of L >= 2) reductions.
-Source: Pham et al., Efficient Neural Architecture Search (ICML 2018), as quantised by the project's second seed.
+Source: Pham et al., Efficient Neural Architecture Search (ICML 2018), as quantised by the public ENAS-QNN project.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MicroCells:
     reduce: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Two bracketed lines, as the seed's log prints arrays."""
+        """Two bracketed lines, as the log of a search prints them."""
         return "\n".join(f"[{_aligned(cell)}]" for cell in (self.normal, self.reduce))
 
     @property

@@ -19,7 +19,7 @@ def test_learning_rate(oracle: Any) -> None:
     for epoch, rate in truth.items():
         found = cosine_restarts(int(epoch), rate=0.05, least=0.0005, first=10, factor=2)
         assert found == pytest.approx(rate, abs=1e-8), epoch  # the oracle is float32 in places
-    assert f"{cosine_restarts(181, rate=0.05, least=0.0005, first=10, factor=2):.4f}" == "0.0456"  # seed 004's log
+    assert f"{cosine_restarts(181, rate=0.05, least=0.0005, first=10, factor=2):.4f}" == "0.0456"  # the published log
     restarts = [e for e in range(311) if cosine_restarts(e, rate=1.0, least=0.0, first=10, factor=2) == 1.0]
     assert restarts == [0, 10, 30, 70, 150, 310]
     assert [staircase(e, rate=0.1, factor=0.1, every=100) for e in (0, 99, 100)] == pytest.approx([0.1, 0.1, 0.01])
