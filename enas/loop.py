@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The child's training, one architecture or a new one every step, and the lines that the public ENAS-QNN project prints.
+"""The training of a child, one architecture or a new one every step, and the lines that ENAS-QNN prints.
 
 An epoch is its child steps, then what a subclass adds (the controller's updates), then the evaluation. `position`
 counts both kinds of steps within the epoch, so that a run can go on from any of them, bit for bit: every random choice

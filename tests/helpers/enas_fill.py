@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tests.helpers.fill import waves
 
-README_ARC = "0 2 1 4 1 3 0 1 1 0 1 0 1 2 0 4 0 0 0 1\n1 3 1 4 0 1 1 1 1 2 1 4 3 2 0 2 1 1 0 3"  # the sample in the public README
+# The sample in the public README.
+README_ARC = "0 2 1 4 1 3 0 1 1 0 1 0 1 2 0 4 0 0 0 1\n1 3 1 4 0 1 1 1 1 2 1 4 3 2 0 2 1 1 0 3"
 LABELS = torch.tensor([3, 7, 1, 9])
 
 
