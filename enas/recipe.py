@@ -51,7 +51,7 @@ class _Data:
         return len(self.images.train) if self.kept is None else len(self.kept)
 
     def stream(self, config: Config, name: str, indices: Tensor | None, *, augment: bool) -> Stream:
-        """Shuffled batches of a part of the training set."""
+        """Shuffled batches of a part of the training set; as in the source an epoch's last one is a whole one too."""
         cutout = config.cutout_length if augment and config.cutout else None
         return Stream(
             self.images.train,
@@ -62,6 +62,7 @@ class _Data:
             name=name,
             augment=augment and config.augment,
             cutout=cutout,
+            fill_last=True,
             device=self.device,
         )
 

@@ -46,6 +46,7 @@ class Stream:
         augment: bool,
         cutout: int | None = None,
         drop_last: bool = True,
+        fill_last: bool = False,
         device: torch.device | str = "cpu",
         rank: int = 0,
         ranks: int = 1,
@@ -54,7 +55,8 @@ class Stream:
 
         cutout: side of the square, in pixels (None or 0: off), also without `augment`. drop_last: leave out the last
         incomplete batch of an epoch (another one each epoch, since the order changes); fewer images than one batch
-        then fill it by starting over. rank of ranks: the processes that share an epoch; a step takes `ranks` batches of
+        then fill it by starting over. fill_last: fill that batch too with images of a second order, in place of
+        leaving it out. rank of ranks: the processes that share an epoch; a step takes `ranks` batches of
         the one order, the first for rank 0, so that together they see what one process sees at `ranks` x batch_size.
         Raises ValueError for a batch size or cutout below its least value.
         """
@@ -71,10 +73,13 @@ class Stream:
         self._normalize = Normalizer(info.mean, info.std, device)
         self._cached: tuple[int, _Plan] | None = None
         assert 0 <= rank < ranks and (drop_last or ranks == 1), "ranks share whole batches"
+        assert drop_last or not fill_last, "a last batch is kept as it is, or filled"
         self._rank, self._ranks = rank, ranks
         count, together = len(self._indices), batch_size * ranks
+        whole = max(count // together, 1) * together
+        filled = -(-count // together) * together
         short = drop_last and count < together
-        self._length = together if short else count // together * together if drop_last else count
+        self._length = filled if fill_last else whole if drop_last else count
         self.steps_per_epoch: int = -(-self._length // together)
         notes = []
         if short:
