@@ -81,8 +81,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             **_HOUR,
             "layers": 2,
             "out_filters": 16,
-            "epochs": 8,
-            "lr_period": 8,
+            "epochs": 5,
+            "lr_period": 5,
             "log_every": 100,
         },
         "smoke": {
