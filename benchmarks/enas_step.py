@@ -165,7 +165,7 @@ def table(result: dict[str, Any]) -> str:
     s, child, controller = result["setting"], result["child"], result["controller"]
     return "\n".join(
         [
-            f"L={s['layers']}, B={s['blocks']}, F={s['out_filters']}, batch {s['batch_size']}, {s['image_size']} pixels; "
+            f"L={s['layers']}, B={s['blocks']}, F={s['out_filters']}, batch {s['batch_size']}, {s['image_size']} px, "
             f"{result['threads']} thread(s), n = {result['n']}",
             "",
             "| what | CPU s | the other way, CPU s | times faster |",
