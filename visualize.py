@@ -10,7 +10,6 @@ unknown names end with exit code 1, as in the PaddleSlim script of the same name
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
@@ -52,9 +51,11 @@ def target_stem(target: str, out: Path | None) -> Path:
     """
     if out is not None:
         return out.with_suffix("") if out.suffix.lower().lstrip(".") in _ENDINGS else out
-    text = re.sub(r"#[^\n]*", "", target)
-    if len(text.split()) > 4 and not re.search(r"[^\d\s,\[\]]", text):
-        return Path(f"enas-{sha256(' '.join(re.findall('[0-9]+', text)).encode()).hexdigest()[:8]}")
+    from common.nets.architecture import written_out
+    from common.nets.enas_space import parse_cells
+
+    if written_out(target):
+        return Path(f"enas-{sha256(parse_cells(target).numbers.encode()).hexdigest()[:8]}")
     path = Path(target)
     if path.is_dir():
         return path / "cells"
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong = f"{len(targets)} are given ({' '.join(targets)}); name one" if targets else "is missing; name one"
         _parser().fail([f"TARGET: {wrong} genotype, architecture.json or run's folder"])
 
-    from common.nets.architecture import load_architecture
+    from common.nets.architecture import load_architecture, written_out
     from common.recipes.pictures import draw_cells
 
     try:
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.wbits is not None:
             architecture = architecture.with_uniform_bits(args.wbits, args.abits)
         stem = target_stem(targets[0], args.out)
-        title = architecture.name or (stem.name if stem.name.startswith("enas-") else Path(targets[0]).resolve().name)
+        title = architecture.name or (stem.name if written_out(targets[0]) else Path(targets[0]).resolve().name)
         written = draw_cells(architecture, stem, formats=formats, title=title)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

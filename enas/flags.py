@@ -269,17 +269,13 @@ def _by_dataset(config: Config, stage: str) -> dict[str, Any]:
 def _types_of_search(config: Config, layers: int) -> dict[str, Any]:
     """The types of layers of the search which found the architecture, where they fit a network of L = `layers`."""
     from common.nets import load_architecture
+    from common.nets.enas_layers import types_fit
 
     try:
         types = load_architecture(config.arch).search.get("layer_bits")
     except (ValueError, OSError):
         return {}  # the flags' check says what is wrong
-    return {"layer_bits": types} if isinstance(types, list) and types_pass_on(types, layers) else {}
-
-
-def types_pass_on(types: Sequence[str], layers: int) -> bool:
-    """Whether the types of a search's layers can be those of a network of L = `layers`: one for all, or as many."""
-    return len(types) in (1, layers + 3)
+    return {"layer_bits": types} if isinstance(types, list) and types_fit(types, layers + 2) else {}
 
 
 def _check_computing(config: Config) -> list[str]:

@@ -23,6 +23,7 @@ from common.engine.cli import Config
 from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
 from common.nets import Architecture, MicroNetwork, load_architecture, network_of, parse_cells
+from common.nets.enas_layers import types_fit
 from common.nets.enas_space import SPACE, MicroCells
 from common.recipes.elapsed import time_before
 from common.recipes.pictures import draw_cells
@@ -31,7 +32,7 @@ from common.recipes.trained import cost_text, final_figures, network_state
 from enas.child import SharedChild
 from enas.controller import Controller, ControllerSettings, max_entropy
 from enas.cost import NetworkSize, cells_bitops
-from enas.flags import PRESETS, source_values, types_pass_on
+from enas.flags import PRESETS, source_values
 from enas.loop import RULE, ChildLoop, ChildSettings, EvaluationSet
 from enas.reinforce import cost_penalty
 from enas.search_loop import PolicySettings, SearchLoop
@@ -229,8 +230,13 @@ def evaluation_size(config: Config, data: ImageData) -> NetworkSize:
     """The network that a found architecture will be trained in, of the search's types of layers where they fit it."""
     info = data.info
     layers, filters = config.eval_layers, config.eval_out_filters
-    types = config.layer_bits if config.layer_bits and types_pass_on(config.layer_bits, layers) else None
-    return NetworkSize(info.channels, info.num_classes, filters, layers, info.image_size, types)
+    return NetworkSize(info.channels, info.num_classes, filters, layers, info.image_size, evaluation_types(config))
+
+
+def evaluation_types(config: Config) -> list[str] | None:
+    """The search's types of layers where they fit that network; None: the default ones."""
+    types = config.layer_bits
+    return types if types and types_fit(types, config.eval_layers + 2) else None
 
 
 def _penalty(config: Config, size: NetworkSize) -> Callable[[MicroCells], float] | None:
@@ -267,7 +273,7 @@ def run_search(config: Config, *, on_step: Callable[[int], None] | None = None) 
             f"{data.train_count} images train, {len(data.held)} give rewards; greatest entropy of a controller of "
             f"{config.blocks} blocks: {max_entropy(config.blocks):.2f}"
         )
-        if config.layer_bits and not types_pass_on(config.layer_bits, config.eval_layers):
+        if config.layer_bits and evaluation_types(config) is None:
             run.log(
                 f"--layer-bits: {len(config.layer_bits)} types fit no network of --eval-layers {config.eval_layers}: "
                 "costs count the default types, and train.py will take them"
@@ -336,8 +342,8 @@ def train_command(config: Config, run: Run) -> str:
         words += [flag, str(value)] if value is not None else []
     words += ["--layers", str(config.eval_layers), "--out-filters", str(config.eval_out_filters)]
     words += ["--image-size", str(config.image_size)] if config.image_size != 32 else []
-    types = config.layer_bits or []
-    words += ["--layer-bits", *types] if types and types_pass_on(types, config.eval_layers) else []
+    types = evaluation_types(config)
+    words += ["--layer-bits", *types] if types else []
     return shlex.join(words + (["--compat"] if config.compat else []))
 
 

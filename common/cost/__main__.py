@@ -17,6 +17,7 @@ from common.data import SHAPES, canonical_name
 from common.engine import read_json
 from common.engine.parsing import Config, Parser, Switch, choice, integer, one_of
 from common.nets import DARTS, SPACES, Architecture, build_network, load_architecture, network_of
+from common.nets.enas_layers import types_fit
 from common.quant import SUPPORTED_BITS, fold_normalization
 from common.recipes.flags import run_program
 
@@ -73,8 +74,9 @@ def _run_flags(target: str) -> dict[str, Any]:
     if record.get("stage") == "search":  # a search stands for the network that it is searched for
         flags = {**flags, "init_channels": flags.get("eval_init_channels"), "layers": flags.get("eval_layers")}
         flags |= {"out_filters": flags.get("eval_out_filters")}
-        types = flags.get("layer_bits") or []
-        flags |= {"layer_bits": types if len(types) == 1 else None}  # types per layer are those of another depth
+        types = flags.get("layer_bits")
+        if types and not types_fit(types, (flags["layers"] or 0) + 2):  # of another depth
+            flags |= {"layer_bits": None}
     result = read_json(file.with_name("result.json")) if file.with_name("result.json").is_file() else {}
     if isinstance(result, dict) and isinstance(result.get("network"), dict):  # trained: it says what it was built for
         flags = {**flags, **result["network"], "dataset": result.get("dataset"), "built": True}

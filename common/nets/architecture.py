@@ -363,13 +363,18 @@ def _space(name: Any) -> Space:
     return SPACES[name]
 
 
+def written_out(target: str) -> bool:
+    """Whether the text is an architecture's numbers, rather than its name or the path of a file."""
+    return _INTEGERS.match(target) is not None
+
+
 def load_architecture(name_or_path: str | Path) -> Architecture:
     """Resolve a genotype's name, an architecture.json, a run folder that holds one, or the numbers of two micro cells.
 
     A path that exists wins over a name, but a folder without an architecture.json does not hide one (the project's
     own `darts/`). Raises ValueError that names the file and field, or the nearest names.
     """
-    if isinstance(name_or_path, str) and _INTEGERS.match(name_or_path):
+    if isinstance(name_or_path, str) and written_out(name_or_path):
         return Architecture(enas_space.parse_cells(name_or_path), space=enas_space.SPACE)
     path = Path(name_or_path)
     if path.is_dir() and not (path / "architecture.json").is_file():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,6 +114,11 @@ def default_layer_types(layers: int) -> list[LayerType]:
     return [FOUR_BITS, FOUR_BITS, *[TERNARY] * (layers - 1)]
 
 
+def types_fit(names: Sequence[str], layers: int) -> bool:
+    """Whether the types suit a network of `layers` cells: one for all, or the stem's and one for each cell."""
+    return len(names) in (1, layers + 1)
+
+
 def resolve_layer_types(names: list[str] | None, layers: int) -> list[LayerType]:
     """The types of the stem and of `layers` cells: None is the default, one name is for all, else one for each.
 
@@ -125,14 +130,12 @@ def resolve_layer_types(names: list[str] | None, layers: int) -> list[LayerType]
         types = [LayerType.parse(name) for name in names]
     except ValueError as error:
         raise ValueError(f"--layer-bits: {error}") from None
-    if len(types) == 1:
-        return types * (layers + 1)
-    if len(types) != layers + 1:
+    if not types_fit(names, layers):
         raise ValueError(
             f"--layer-bits: {len(types)} types were given; give one for all, or {layers + 1}: the stem's and one for "
             f"each of {layers} cells"
         )
-    return types
+    return types * (layers + 1) if len(types) == 1 else types
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions

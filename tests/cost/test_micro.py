@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from common.cost.__main__ import main
+from common.nets import Architecture, parse_cells
 from tests.helpers.enas_fill import README_ARC
 
 SIZES = ["--layers", "6", "--out-filters", "16", "--in-channels", "1"]
@@ -28,6 +30,19 @@ def test_a_string_is_counted_at_its_true_bits(capsys: pytest.CaptureFixture[str]
     assert floats / 32 < binary < floats / 32 + 4 * (classifier + 0.1 * found["float"]["parameters"])
     assert main([README_ARC, *SIZES]) == 0
     assert "F=16, L=6, 1x32x32 images, 10 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("depth", "taken"), [(1, True), (2, False)])
+def test_a_search_stands_for_the_network_of_its_types_where_they_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: int, taken: bool
+) -> None:
+    types = ["kbit4", "ternary", "binary", "kbit8"]
+    flags = {"layer_bits": types, "eval_layers": depth, "eval_out_filters": 4, "image_size": 16, "dataset": "mnist"}
+    (tmp_path / "config.json").write_text(json.dumps({"stage": "search", "config": flags}))
+    Architecture(parse_cells(README_ARC), space="enas-micro").save(tmp_path / "architecture.json")
+    assert main([str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layer_bits"] == (types if taken else None)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from common.engine import CheckpointStore, read_json
 from common.engine.guard import NonFiniteError
 from common.engine.seeding import derive
 from common.nets import parse_cells
+from common.nets.enas_layers import types_fit
 from common.nets.enas_space import build_micro_network
-from enas.flags import CIFAR_ARC, MNIST_ARC, make_parser, resolve, types_pass_on
+from enas.flags import CIFAR_ARC, MNIST_ARC, make_parser, resolve
 from enas.loop import ChildLoop, ChildSettings
 from enas.recipe import evaluation_size, run_search, run_training, train_command
 from tests.helpers.enas_fill import README_ARC
@@ -275,7 +276,7 @@ def test_seeds_decide(tmp_path: Path) -> None:
 
 def test_types_of_layers_pass_on_where_they_fit() -> None:
     four = ["--layer-bits", "4", "ternary", "binary", "8"]
-    assert types_pass_on(["binary"], 9) and types_pass_on(four[1:], 1) and not types_pass_on(four[1:], 2)
+    assert types_fit(["binary"], 9) and types_fit(four[1:], 3) and not types_fit(four[1:], 4)
     for layers, expected in (("1", four[1:]), ("2", None)):
         found = config("search", *TINY, *four, "--eval-layers", layers)
         data = SimpleNamespace(info=SimpleNamespace(channels=1, num_classes=10, image_size=8))
