@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.engine import preemption
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError
 from common.engine.metrics import ClassificationMeter
@@ -195,11 +196,12 @@ class ChildLoop:
         if found is not None:
             self.load_state_dict(found[0])
         eta = Eta(self.settings.epochs, done=self.epoch)
-        while self.epoch < self.settings.epochs:
-            self.row = self._one_epoch()
-            eta.step()
-            self.store()
-            self.run.log(f"{self.epoch} of {self.settings.epochs} epochs done, {eta.text()}")
+        with preemption.listening():
+            while self.epoch < self.settings.epochs:
+                self.row = self._one_epoch()
+                eta.step()
+                self.store()
+                self.run.log(f"{self.epoch} of {self.settings.epochs} epochs done, {eta.text()}")
         return self.row
 
     def _one_epoch(self) -> dict[str, Any]:
@@ -214,6 +216,7 @@ class ChildLoop:
         self.model.train()
         label = f"epoch {self.epoch + 1}/{s.epochs}"
         for _ in progress(range(first, self.steps), total=self.steps, label=label, start=first):
+            preemption.give_way(self._saved_step(), self.save)
             self.one_step()
             if self.global_step % s.log_every == 0:
                 self._child_line(rate)
@@ -221,6 +224,7 @@ class ChildLoop:
         self.check_finite()
         seconds = time.monotonic() - started
         for number in range(self.position - self.steps, self.later_steps()):
+            preemption.give_way(self._saved_step(), self.save)
             self.later_step(number)
             self.position += 1
             self._maybe_save()
@@ -246,10 +250,18 @@ class ChildLoop:
 
     def _maybe_save(self) -> None:
         if time.monotonic() - self.saved_at > 60 * self.settings.checkpoint_minutes:
-            self.check_finite()
-            self.store()
+            self.save()
         if self.on_step is not None:
-            self.on_step(self.epoch * (self.steps + self.later_steps()) + self.position)
+            self.on_step(self._saved_step())
+
+    def save(self) -> None:
+        """Write a checkpoint of this position, when every step until here was finite."""
+        self.check_finite()
+        self.store()
+
+    def _saved_step(self) -> int:
+        """Steps of either kind done since the run began."""
+        return self.epoch * (self.steps + self.later_steps()) + self.position
 
     def _child_line(self, rate: float) -> None:
         self.check_finite()
@@ -328,8 +340,7 @@ class ChildLoop:
 
     def store(self) -> None:
         """Write a checkpoint of this position."""
-        step = self.epoch * (self.steps + self.later_steps()) + self.position
-        self.run.checkpoints.save(self.state_dict(), step=step, epoch=self.epoch)
+        self.run.checkpoints.save(self.state_dict(), step=self._saved_step(), epoch=self.epoch)
         self.saved_at = time.monotonic()
 
     def check_finite(self) -> None:

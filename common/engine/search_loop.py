@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.engine import distributed
+from common.engine import distributed, preemption
 from common.engine.bilevel import ORDERS, Batch, architecture_gradients, inner_groups
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_adam, prepare_sgd
 from common.engine.optimizers import SGD, Adam
@@ -344,6 +344,7 @@ class SearchLoop:
             self.model.train()
             label = f"search {self.epoch + 1}/{self.settings.epochs}"
             for step in progress(range(first, self.steps), total=self.steps, label=label, start=first):
+                preemption.give_way(self.global_step, lambda: self._save(run))
                 self.one_step()
                 if (step + 1) % self.settings.log_every == 0 or step + 1 == self.steps:
                     self._check(run)
@@ -507,6 +508,7 @@ def search(
     Raises:
         ValueError: settings or checkpoint that do not fit.
         NonFiniteError: a loss or gradient was not finite; the last good state is in the run's newest checkpoint.
+        Stopped: a signal asked for it (`common.engine.preemption`); the state is saved.
     """
     loop = SearchLoop(
         model,
@@ -521,7 +523,8 @@ def search(
     found = run.resume_state() if run is not None else None
     if found is not None:
         loop.load_state_dict(found[0])
-    return loop.run(run, on_epoch, on_step, evaluate, on_start)
+    with preemption.listening():
+        return loop.run(run, on_epoch, on_step, evaluate, on_start)
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:

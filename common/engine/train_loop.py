@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.engine import distributed
+from common.engine import distributed, preemption
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_sgd
 from common.engine.metrics import ClassificationMeter
@@ -204,6 +204,7 @@ class _Training:
             rate, started, first = self.start_epoch(), time.monotonic(), self.step
             label = f"train {self.epoch + 1}/{settings.epochs}"
             for step in progress(range(first, self.steps), total=self.steps, label=label, start=first):
+                preemption.give_way(self.global_step, self.save)
                 self.one_step()
                 if (step + 1) % settings.log_every == 0 and step + 1 < self.steps:
                     self.write_row(rate, started, self.step - first, {})
@@ -351,6 +352,7 @@ def train(
     Raises:
         ValueError: a checkpoint of other data.
         NonFiniteError: a loss or gradient was not finite; the last good state is in the newest checkpoint.
+        Stopped: a signal asked for it (`common.engine.preemption`); the state is saved.
     """
     if settings.select == "val" and evaluate is None:
         raise ValueError("--select val: needs a held-out part; give --val-fraction above 0")
@@ -369,7 +371,8 @@ def train(
     found = run.resume_state() if run is not None else None
     if found is not None:
         training.load_state_dict(found[0])
-    return training.run_epochs(on_step)
+    with preemption.listening():
+        return training.run_epochs(on_step)
 
 
 def _pair(output: Any) -> tuple[Tensor, Tensor | None]:

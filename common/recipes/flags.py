@@ -220,10 +220,12 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
     """Run an entry point and give its exit code, with one line in place of a traceback for what the user can cure.
 
     0: done. 2: something that was given is wrong (ValueError). 1: the disk or the network refused, or the training
-    left the finite numbers. 130: interrupted; 141: the reader of our output went away.
+    left the finite numbers. 130: interrupted; 128 + N: stopped by signal N after a checkpoint; 141: the reader of our
+    output went away.
     """
     from common.engine import distributed
     from common.engine.guard import NonFiniteError
+    from common.engine.preemption import Stopped
 
     try:
         main()
@@ -238,6 +240,10 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
     except (OSError, NonFiniteError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"{prog}: {stop}; --resume auto goes on", file=sys.stderr)
+        distributed.leave()
+        return stop.code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; --resume auto goes on", file=sys.stderr)
         return 130
