@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.data._seeds import generator
 from common.data.augment import Normalizer, crop_flip, cutout_
 from common.data.images import DatasetInfo, Split
+from common.data.order import Order
 
 
 class _Plan(NamedTuple):
@@ -58,44 +58,31 @@ class Stream:
         the one order, the first for rank 0, so that together they see what one process sees at `ranks` x batch_size.
         Raises ValueError for a batch size or cutout below its least value.
         """
-        if batch_size < 1:
-            raise ValueError(f"--batch-size {batch_size}: must be at least 1")
         if cutout is not None and cutout < 0:
             raise ValueError(f"--cutout-length {cutout}: must be 0 (off) or more pixels")
+        picked = torch.arange(len(split)) if indices is None else indices.cpu()
+        self._order = Order(
+            picked, batch_size=batch_size, seed=seed, name=name, drop_last=drop_last, rank=rank, ranks=ranks
+        )
         self._split, self._info, self._device = split.to(device), info, device
-        self._indices = torch.arange(len(split)) if indices is None else indices.cpu()
-        if len(self._indices) == 0:
-            raise ValueError(f"the {name} stream has no images: give another split (--train-portion)")
-        self._batch_size, self._seed, self._name = batch_size, seed, name
         self._augment, self._cutout = augment, cutout or 0
         self._normalize = Normalizer(info.mean, info.std, device)
         self._cached: tuple[int, _Plan] | None = None
-        assert 0 <= rank < ranks and (drop_last or ranks == 1), "ranks share whole batches"
-        self._rank, self._ranks = rank, ranks
-        count, together = len(self._indices), batch_size * ranks
-        short = drop_last and count < together
-        self._length = together if short else count // together * together if drop_last else count
-        self.steps_per_epoch: int = -(-self._length // together)
-        notes = []
-        if short:
-            notes.append(f"the {name} stream has {count} images, fewer than one batch of {together}: it wraps around")
+        self.steps_per_epoch: int = self._order.steps
+        self.notes: tuple[str, ...] = self._order.notes
         if self._cutout >= info.image_size:
-            notes.append(
-                f"--cutout-length {cutout}: as large as the images ({info.image_size} pixels); many are wiped out"
+            self.notes += (
+                f"--cutout-length {cutout}: as large as the images ({info.image_size} pixels); many are wiped out",
             )
-        self.notes: tuple[str, ...] = tuple(notes)
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Batch `step` (0 .. steps_per_epoch - 1) of `epoch`: x float32 [B, C, H, W] normalised, y int64 [B].
 
         Raises IndexError for a step outside the epoch.
         """
-        if not 0 <= step < self.steps_per_epoch:
-            raise IndexError(f"step {step} of the {self._name} stream, which has {self.steps_per_epoch} per epoch")
+        here = self._order.positions(step)
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, self._draw(epoch))
-        start = (step * self._ranks + self._rank) * self._batch_size
-        here = slice(start, min(start + self._batch_size, self._length))
         order, top, left, flip, cut_y, cut_x = (None if t is None else t[here] for t in self._cached[1])
         assert order is not None and top is not None and left is not None
         images = self._split.images.index_select(0, order)
@@ -107,18 +94,13 @@ class Stream:
         return x, self._split.labels.index_select(0, order)
 
     def _draw(self, epoch: int) -> _Plan:
-        # One generator per purpose: turning one augmentation on or off leaves the order and the others as they were.
         def random(purpose: str, high: int) -> Tensor:
-            source = generator(self._seed, "stream", self._name, epoch, purpose)
-            return torch.randint(high, (self._length,), generator=source).to(self._device)
+            source = self._order.generator(epoch, purpose)
+            return torch.randint(high, (self._order.length,), generator=source).to(self._device)
 
-        source = generator(self._seed, "stream", self._name, epoch, "order")
-        count = len(self._indices)
-        rounds = [torch.randperm(count, generator=source) for _ in range(-(-self._length // count))]
-        order = self._indices[torch.cat(rounds)[: self._length]].to(self._device)
         size, shifts = self._info.image_size, 2 * self._info.pad + 1
         return _Plan(
-            order=order,
+            order=self._order.epoch(epoch).to(self._device),
             top=random("top", shifts),
             left=random("left", shifts),
             flip=random("flip", 2).bool() if self._info.flip else None,
