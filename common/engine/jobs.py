@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,22 +121,28 @@ class Executor(Protocol):
         """Ask it to stop as Ctrl-C would, or end it at once; `poll` tells when it is gone."""
 
 
+def python_command(command: Sequence[str]) -> list[str]:
+    """The command with this very Python in place of the word `python` in front."""
+    return [sys.executable, *command[1:]] if command[0] == "python" else list(command)
+
+
 class LocalExecutor:
     """Processes on this machine; the word `python` in front of a command is this very Python.
 
     The log is the lock: a job's process holds it as long as it lives, so that a sweep that starts while an orphan of
     a killed one still runs does not start the job a second time. `threads`: CPU threads of each process, unless the
-    environment says OMP_NUM_THREADS already.
+    environment says OMP_NUM_THREADS already. `launch`: command -> the words to start.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, launch: Callable[[Sequence[str]], list[str]] | None = None) -> None:
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        self.launch = launch or python_command
         if threads is not None:
             self.environment.setdefault("OMP_NUM_THREADS", str(threads))
 
     def submit(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes] | None:
         """See Executor. Raises OSError when the command does not exist or the log cannot be written."""
-        words = [sys.executable, *command[1:]] if command[0] == "python" else list(command)
+        words = self.launch(command)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             try:

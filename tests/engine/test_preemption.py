@@ -84,12 +84,13 @@ def start(root: Path, save: Path, program: str, *flags: str, steps: str = "30") 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "flags", "number"),
     [
-        pytest.param("qdarts/search.py", [], signal.SIGTERM, marks=pytest.mark.slow),
+        ("qdarts/search.py", [], signal.SIGTERM),
         ("qdarts/train.py", ["--arch", "PC_DARTS"], signal.SIGUSR1),
-        pytest.param("enas/search.py", [], signal.SIGINT, marks=pytest.mark.slow),
+        ("enas/search.py", [], signal.SIGINT),
     ],
 )
 def test_a_stopped_program_goes_on_bit_for_bit(
