@@ -45,9 +45,7 @@ class Order:
         self.steps: int = -(-self.length // together)
         self.notes: tuple[str, ...] = ()
         if short:
-            self.notes = (
-                f"the {name} stream has {count} images, fewer than one batch of {together}: it wraps around",
-            )
+            self.notes = (f"the {name} stream has {count} images, fewer than one batch of {together}: it wraps around",)
 
     def epoch(self, epoch: int) -> Tensor:
         """int64 [length]: the image at each position of an epoch, over all ranks."""

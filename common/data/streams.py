@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from common.data.augment import Normalizer, crop_flip, cutout_
 from common.data.images import DatasetInfo, Split
 from common.data.order import Order
+from common.data.streamed import StreamedBatches, StreamedSplit
 
 
 class _Plan(NamedTuple):
@@ -109,20 +110,38 @@ class Stream:
         )
 
 
+def open_stream(split: Split | StreamedSplit, info: DatasetInfo, **arguments: Any) -> Stream | StreamedBatches:
+    """The training stream of a split, in memory or not; the arguments are those of `Stream`."""
+    return Stream(split, info, **arguments) if isinstance(split, Split) else split.stream(info, **arguments)
+
+
 def evaluation_batches(
-    split: Split,
+    split: Split | StreamedSplit,
     info: DatasetInfo,
     batch_size: int,
     device: torch.device | str,
     *,
     indices: Tensor | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in order, normalised and nothing else; the last batch may be smaller.
 
-    Yields x float32 [B, C, H, W] and y int64 [B] on `device`. indices: int64, the part to go through (None: all).
+    Yields x float32 [B, C, H, W] and y int64 [B] on `device`. indices: int64, the part to go through (None: all). Of
+    several ranks each takes every `ranks`-th image, so that together they see every image once.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: must be at least 1")
+    if ranks > 1 or (indices is None and not isinstance(split, Split)):
+        indices = (torch.arange(len(split)) if indices is None else indices)[rank::ranks]
+    if isinstance(split, Split):
+        return _resident_batches(split, info, batch_size, device, indices)
+    return split.batches(info, batch_size, device, indices.cpu())
+
+
+def _resident_batches(
+    split: Split, info: DatasetInfo, batch_size: int, device: torch.device | str, indices: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     normalize = Normalizer(info.mean, info.std, device)
     order = None if indices is None else indices.to(split.images.device)
     for start in range(0, len(split) if order is None else len(order), batch_size):
