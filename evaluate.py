@@ -30,6 +30,11 @@ def parser() -> Parser:
     add("--checkpoint", type=Path, metavar="FOLDER", help="one of its checkpoints (default: the newest valid one)")
     add("--dataset", "--set", metavar="NAME", help="other data of as many classes (default: the run's own)")
     add("--data", type=Path, metavar="DIR", help="where the data lie (default: as in the run)")
+    add(
+        "--trainfile", type=Path, metavar="X.ffcv", help="ImageNet's FFCV files in place of --data (default: the run's)"
+    )
+    add("--valfile", type=Path, metavar="Y.ffcv", help="as above; the file that is tested on")
+    add("--workers", "-j", type=integer(0), metavar="N", help="threads that decode ImageNet (default: one a core)")
     add("--data-module", metavar="FILE.py:FUNCTION", help="data of your own (default: as in the run)")
     add("--search-space", type=Path, metavar="FILE.py", help="operations of your own that the network holds")
     add("--split", type=choice("test", "val"), default="test", metavar="test|val", help="val: the held-out part")
@@ -56,15 +61,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     network, trained, info = load_trained(config.run, config.checkpoint)
     build, size = info["build"], info["data"]["image_size"]
     own = config.dataset is None and config.data_module is None
-    data = load_data(
-        argparse.Namespace(
-            dataset=config.dataset or trained["dataset"],
-            data=config.data or (Path(trained["data"]) if own and trained["data"] else None),
-            data_module=config.data_module or (trained["data_module"] if config.dataset is None else None),
-            image_size=size,
-        ),
-        lambda text: print(text, file=sys.stderr),
-    )
+    data = load_data(argparse.Namespace(**_data_flags(config, trained, own), image_size=size), _aside)
     for key, found in (("num_classes", data.info.num_classes), ("in_channels", data.info.channels)):
         if build[key] != found:
             raise ValueError(
@@ -89,6 +86,29 @@ def evaluate(config: Config) -> dict[str, Any]:
         "cost": network_cost(network, size).to_json(),
         "per_class": [{"class": name, "n": n, "correct": correct} for name, (n, correct) in counts],
     }
+
+
+def _aside(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _data_flags(config: Config, trained: dict[str, Any], own: bool) -> dict[str, Any]:
+    """Where the images lie: the training's places, unless the flags name others."""
+    from common.recipes.setup import data_flags
+
+    found = data_flags(trained, workers=config.workers)
+    del found["image_size"]
+    if not own:
+        found |= {"data": None, "trainfile": None, "valfile": None, "classes": None}
+        found |= {"dataset": config.dataset or trained["dataset"], "data_module": config.data_module}
+    if config.data is not None:
+        found |= {"data": config.data, "trainfile": None, "valfile": None}
+    if config.trainfile is not None or config.valfile is not None:
+        # Nothing is trained here, so one file will do.
+        either = config.valfile or config.trainfile
+        files = {"trainfile": config.trainfile or either, "valfile": either}
+        found |= {"dataset": "imagenet", "data": None, "data_module": None, **files}
+    return found
 
 
 def text(found: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.cost import Cost, architecture_cost, network_cost
-from common.data import ImageData, Split, Stream, evaluation_batches, hold_out
+from common.data import ImageData, evaluation_batches, hold_out, open_stream
 from common.engine import Run, read_json, seed_everything
 from common.engine.cli import Config
 from common.engine.environment import peak_memory_mb, versions
@@ -23,6 +23,7 @@ from common.nets import Architecture, MicroNetwork, load_architecture, network_o
 from common.nets.enas_space import SPACE, MicroCells
 from common.recipes.elapsed import time_before
 from common.recipes.pictures import draw_cells
+from common.engine.protocols import BatchStream
 from common.recipes.setup import lay_out, load_data, open_run, prepare_torch, shorten
 from common.recipes.trained import cost_text, final_figures, network_state
 from enas.child import SharedChild
@@ -50,10 +51,10 @@ class _Data:
         """Images that the child trains on."""
         return len(self.images.train) if self.kept is None else len(self.kept)
 
-    def stream(self, config: Config, name: str, indices: Tensor | None, *, augment: bool) -> Stream:
+    def stream(self, config: Config, name: str, indices: Tensor | None, *, augment: bool) -> BatchStream:
         """Shuffled batches of a part of the training set."""
         cutout = config.cutout_length if augment and config.cutout else None
-        return Stream(
+        return open_stream(
             self.images.train,
             self.images.info,
             indices=indices,
@@ -67,7 +68,7 @@ class _Data:
 
     def evaluation(self, name: str) -> EvaluationSet:
         """All images of "valid" or "test", in order."""
-        split: Split = self.images.test if name == "test" else self.images.train
+        split = self.images.test if name == "test" else self.images.train
         indices = None if name == "test" else self.held
         count = len(split) if indices is None else len(indices)
         batches = partial(evaluation_batches, split, self.images.info, EVALUATION_BATCH, self.device, indices=indices)

@@ -125,6 +125,11 @@ class StreamedBatches:
         self._ahead: _Ahead | None = None
         self._next: tuple[int, int] | None = None
 
+    def shorten(self, steps: int) -> StreamedBatches:
+        """This stream with epochs of at most so many steps; what is read ahead goes on with the next epoch."""
+        self.steps_per_epoch = self.order.steps = min(steps, self.steps_per_epoch)
+        return self
+
     def batch(self, epoch: int, step: int) -> Batch:
         """Batch `step` of `epoch`: x float32 [B, C, H, W] normalised, y int64 [B], on the device.
 

@@ -68,7 +68,7 @@ FIXED_BITS = (1, 2, 3, 4, 8, 32)
 VOLATILE = frozenset(
     (
         *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
-        *("checkpoint_minutes", "tensorboard", "workers", "data", "threads"),
+        *("checkpoint_minutes", "tensorboard", "workers", "data", "trainfile", "valfile", "threads"),
         "use_data_parallel",
         "search_space",  # a place; what the file says is in search_space_digest
     )
@@ -96,17 +96,16 @@ class _Group:
 def add_data_flags(parser: Parser, stage: str) -> None:
     """Which images, how they are augmented, how the training set is divided."""
     add = _Group(parser, "data")
-    add.value("--dataset --set", str, "cifar10", "NAME", "digits, mnist, cifar10, cifar100 or folder")
+    add.value("--dataset --set", str, "cifar10", "NAME", "digits, mnist, cifar10, cifar100, folder or imagenet")
     add.value("--data --data-dir", Path, None, "DIR", "where the data lie, or are downloaded to")
     add.value("--data-module", str, None, "FILE.py:FUNCTION", "data of your own: a function that gives an ImageData")
+    for name, part in (("--trainfile", "training"), ("--valfile", "validation")):
+        add.value(name, Path, None, "X.ffcv", f"ImageNet's {part} images in an FFCV file, in place of --data")
+    parser.fix(reading=None)
     add.value("--image-size", integer(4), None, "N", "resize to N x N pixels (default: the data set's own size)")
-    add.value(
-        "--workers -j --num-workers",
-        integer(0),
-        2,
-        "N",
-        "accepted from the papers' commands; data in memory need no reader processes",
-    )
+    add.value("--classes", integer(2), None, "N", "only the images of the first N classes (default: of all)")
+    readers = "threads that decode ImageNet (default: one a core); data in memory need none"
+    add.value("--workers -j --num-workers", integer(0), 2, "N", readers)
     add.switch("--cutout", False, "cut a square out of every training image")
     add.value("--cutout-length", integer(1), 16, "N", "side of that square in pixels")
     workers = "False: the same as --workers 0"
@@ -116,6 +115,8 @@ def add_data_flags(parser: Parser, stage: str) -> None:
         portion = "share of the training set that trains the weights; the rest trains the architecture"
         add.value("--train-portion", number(0.01, 0.99), 0.5, "F", portion)
         add.value("--subset", number(0.01, 1), 1.0, "F", "share of the training set that the search sees, seeded")
+        parts = "two shares of each class in place of those two flags: for the weights, for the architecture"
+        add.value("--search-fraction", number(0, 1, positive=True), None, "F", parts, nargs="+")
     else:
         add.choice("--select", "last|val", "last", "test the last epoch's weights, or the best on a held-out part")
         held_out = "share of the training set that is held out (default: .1 with --select val, else 0)"

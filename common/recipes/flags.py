@@ -17,6 +17,7 @@ from typing import Any
 from common.engine import cli
 from common.engine.cli import Config, Parser
 from common.recipes.contents import derive_contents
+from common.recipes.imagenet import check_imagenet, derive_imagenet
 from common.recipes.presets import Preset, presets_for
 
 Derive = Callable[[Config], dict[str, Any]]
@@ -88,7 +89,8 @@ def resolve_training(
     `derive` and `validate` are the method's own rules; see `cli.resolve`.
     """
     rules = [*validate, cli.check_train, check_data, check_search_space, check_architecture]
-    return _resolve(parser, argv, presets_for("train", presets), [*derive, cli.derive_train], rules)
+    derive = [partial(derive_imagenet, stage="train"), *derive, cli.derive_train]
+    return _resolve(parser, argv, presets_for("train", presets), derive, rules)
 
 
 def resolve_search(
@@ -101,7 +103,8 @@ def resolve_search(
 ) -> Config:
     """Flags of a search, checked; every error is reported at once (exit code 2). More as in `resolve_training`."""
     rules = [*validate, cli.check_search, check_data, check_search_space, check_own_bits]
-    return _resolve(parser, argv, presets_for("search", presets), [*derive, cli.derive_search], rules)
+    derive = [partial(derive_imagenet, stage="search"), *derive, cli.derive_search]
+    return _resolve(parser, argv, presets_for("search", presets), derive, rules)
 
 
 def resolve_bit_search(
@@ -118,7 +121,7 @@ def resolve_bit_search(
     """
     bits = [cli.check_run, cli.check_bits, cli.check_target]
     rules = [*validate, *bits, check_data, check_search_space, check_architecture]
-    return _resolve(parser, argv, presets, derive, rules)
+    return _resolve(parser, argv, presets, [partial(derive_imagenet, stage="bits"), *derive], rules)
 
 
 def _resolve(
@@ -157,16 +160,17 @@ def check_launch(config: Config, prog: str, argv: Sequence[str]) -> list[str]:
 
 
 def check_data(config: Config) -> list[str]:
-    """The data set's name, brought to the registry's spelling (--data-module gives data without one)."""
+    """The data set's name, brought to the registry's spelling (--data-module gives data without one); its files."""
+    errors = check_imagenet(config)
     if config.data_module is not None:
-        return []
+        return errors
     from common.data import canonical_name
 
     try:
         config.dataset = canonical_name(config.dataset)
     except ValueError as error:
-        return [str(error)]
-    return []
+        return [*errors, str(error)]
+    return errors
 
 
 def derive_search_space(config: Config) -> dict[str, Any]:

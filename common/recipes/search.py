@@ -32,6 +32,7 @@ from common.recipes.findings import (
     genotype_text,
     train_command,
 )
+from common.recipes.parts import save_parts
 from common.recipes.search_setup import PreparedSearch, prepare_search
 from common.recipes.setup import open_run
 from common.recipes.trained import EVALUATION_BATCH, cost_text, evaluate_network
@@ -86,6 +87,8 @@ def run_search(
             return read_json(run.folder / "result.json")
         for note in prepared.notes:
             run.log(note)
+        if config.search_fraction is not None and prepared.parts is not None:
+            save_parts(run, prepared.parts)
         outcome = search(
             prepared.supernet,
             run=run,

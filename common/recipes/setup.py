@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.data import ImageData, Stream, load
+from common.data import ImageData, StreamedBatches, load, open_stream
 from common.engine import Run, distributed
 from common.engine.cli import VOLATILE, Config
 from common.engine.protocols import BatchStream
 from common.recipes.contents import CONTENTS
+from common.recipes.imagenet import free_cores
 
 
 class FirstSteps:
@@ -30,6 +32,8 @@ class FirstSteps:
 
 def shorten(stream: BatchStream, steps: int | None) -> BatchStream:
     """The stream itself, or its first steps where a limit is given."""
+    if steps is not None and isinstance(stream, StreamedBatches):
+        return stream.shorten(steps)
     return stream if steps is None else FirstSteps(stream, steps)
 
 
@@ -65,9 +69,9 @@ def prepare_compiler() -> None:
 
 def training_stream(
     config: Config, data: ImageData, device: torch.device, name: str, indices: Tensor | None = None
-) -> Stream:
+) -> BatchStream:
     """The augmented batches of the training set (or of a part of it) that this process works on, as the flags say."""
-    return Stream(
+    return open_stream(
         data.train,
         data.info,
         indices=indices,
@@ -84,7 +88,15 @@ def training_stream(
 
 def load_data(config: Config, say: Callable[[str], None] = print) -> ImageData:
     """The images that the flags name, on the CPU. Raises ValueError that names the flag, the reason and the cure."""
-    return load(config.dataset, root=config.data, image_size=config.image_size, data_module=config.data_module, say=say)
+    same = ("image_size", "data_module", "classes", "trainfile", "valfile", "workers")
+    return load(config.dataset, root=config.data, say=say, **{name: getattr(config, name) for name in same})
+
+
+def data_flags(flags: Mapping[str, Any], *, workers: int | None = None) -> dict[str, Any]:
+    """What `load_data` reads of a run's flags (older runs lack some), `workers` where they are another machine's."""
+    paths = {name: Path(flags[name]) if flags.get(name) else None for name in ("data", "trainfile", "valfile")}
+    same = {name: flags.get(name) for name in ("dataset", "image_size", "data_module", "classes")}
+    return {**paths, **same, "workers": free_cores() if workers is None else workers}
 
 
 def stem_of(config: Config, image_size: int) -> str:

@@ -285,11 +285,11 @@ class _Repeated:
     """The first batch of a stream, as often as wanted: an epoch may have a single step."""
 
     def __init__(self, stream: BatchStream) -> None:
-        self.stream, self.steps_per_epoch = stream, 1_000_000
+        self._first, self.steps_per_epoch = stream.batch(0, 0), 1_000_000
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """The stream's first batch."""
-        return self.stream.batch(0, 0)
+        return self._first
 
 
 # ------------------------------------------------------------------------------------------------------ the result
