@@ -52,8 +52,8 @@ def scan_folder(root: Path) -> tuple[list[str], _Samples, _Samples]:
     Raises ValueError for a missing or empty folder, and for classes that differ between the parts.
     """
     train_dir, test_dir = _parts(root)
-    classes, train = _scan(train_dir)
-    test_classes, test = _scan(test_dir)
+    classes, train = scan(train_dir)
+    test_classes, test = scan(test_dir)
     if classes != test_classes:
         only = {str(train_dir): set(classes) - set(test_classes), str(test_dir): set(test_classes) - set(classes)}
         text = "; ".join(f"only in {part}: {', '.join(sorted(names)[:10])}" for part, names in only.items() if names)
@@ -70,7 +70,7 @@ def _parts(root: Path) -> tuple[Path, Path]:
     return root / "train", test
 
 
-def _scan(part: Path) -> tuple[list[str], _Samples]:
+def scan(part: Path) -> tuple[list[str], _Samples]:
     """Sorted class names and (path, class index) of all images, in torchvision's order; every class has some."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
