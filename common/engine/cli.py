@@ -69,7 +69,7 @@ VOLATILE = frozenset(
     (
         *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
         *("checkpoint_minutes", "tensorboard", "workers", "data", "trainfile", "valfile", "threads"),
-        "use_data_parallel",
+        *("use_data_parallel", "plan", "world_size", "gpus_per_node", "link_gbps", "step_seconds"),
         "search_space",  # a place; what the file says is in search_space_digest
     )
 )
@@ -274,6 +274,10 @@ def add_run_flags(parser: Parser, stage: str) -> None:
     add.switch("--deterministic", False, "only deterministic algorithms (slower on a GPU)")
     add.choice("--device", "auto|cpu|cuda", "auto", "auto: a GPU where there is one")
     add.switch("--use-data-parallel", False, "several GPUs; torchrun starts the processes, and is asked for otherwise")
+    sharing = "batch normalisation and 8-bit ranges by the batches of all processes (default: each by its own)"
+    add.switch("--sync-bn", False, sharing)
+    add.switch("--batch-per-rank", False, "--batch-size counts the images of each process (default: of all together)")
+    add.value("--grad-accumulation", integer(1), 1, "N", "a step averages the gradients of N parts of its batch")
     add.choice("--precision", "fp32|bf16", "fp32", "bf16: autocast")
     add.switch("--compile", False, "torch.compile the network")
     if _is_search(stage):
@@ -342,7 +346,7 @@ def check_run(config: Config) -> list[str]:
 
         if not torch.cuda.is_available():
             errors.append("--device: cuda was asked for, but torch sees no GPU; use --device cpu, or see doctor.py")
-    errors += _check_computing(config)
+    errors += _check_computing(config) + _check_sharing(config)
     if getattr(config, "cuda_graph", "off") == "on":
         errors += _check_graph(config)
     for dest in ("stem_bits", "classifier_bits"):
@@ -378,6 +382,27 @@ def _check_computing(config: Config) -> list[str]:
         errors.append("--compile: needs Triton on a GPU; pip install triton, or leave --compile out")
     if config.compile and not on_gpu and shutil.which(compiler) is None:
         errors.append(f"--compile: needs a C++ compiler on the CPU, and there is no {compiler}; install it or set CXX")
+    return errors
+
+
+def _check_sharing(config: Config) -> list[str]:
+    """Whether the batch can be shared out among processes and parts of a step."""
+    errors, ranks = [], int(os.environ.get("WORLD_SIZE", "1"))
+    parts = config.grad_accumulation * (1 if config.batch_per_rank else ranks)
+    if config.batch_size % parts:
+        least = max(1, config.batch_size // parts) * parts
+        among = (
+            f"{config.grad_accumulation} parts"
+            if config.batch_per_rank
+            else (
+                f"{ranks} processes" + (f" of {config.grad_accumulation} parts each" * (config.grad_accumulation > 1))
+            )
+        )
+        errors.append(
+            f"--batch-size: {config.batch_size} images cannot be shared out equally among {among}; give {least}"
+        )
+    if config.sync_bn and config.compile and ranks > 1:
+        errors.append("--sync-bn: processes cannot meet within compiled code; drop it, or --compile")
     return errors
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.engine import distributed, preemption
+from common.engine.accumulation import batches_of
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_sgd
 from common.engine.metrics import ClassificationMeter
@@ -169,16 +170,28 @@ class _Training:
 
     def one_step(self) -> None:
         """One SGD step on this position's batch; nothing here waits for the device."""
-        x, y = self.stream.batch(self.epoch, self.step)
+        batches = batches_of(self.stream, self.epoch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, plain, logits = self.objective(x, y)
-        loss.backward()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        distributed.average_(gradients)
+        losses: list[Tensor] = []
+        counts: Tensor | None = None
+        for x, y in batches:
+            loss, plain, logits = self.objective(x, y)
+            (loss if len(batches) == 1 else loss / len(batches)).backward()
+            losses.append(loss.detach())
+            found = self.meter.measure(logits.detach(), y, plain.detach() * len(y))
+            counts = found if counts is None else counts + found
+        assert counts is not None
+        mean = torch.stack(losses).mean()
+        if distributed.world_size() > 1:
+            # Afterwards every rank holds the same state, so that one of them can save it for all: the running
+            # statistics of the ranks' own batches become their mean.
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            buffers = (buffer for buffer in self.network.buffers() if buffer.is_floating_point())
+            distributed.average_([*gradients, mean, *buffers], sums=[counts])
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip, foreach=True)
-        self.guard.check(loss.detach(), norm)
+        self.guard.check(mean, norm)
         self.optimizer.step()
-        self.meter.update(logits.detach(), y, plain.detach() * len(y))
+        self.meter.add(counts)
         self.guard.end_of_step()
         self.step += 1
 
@@ -286,7 +299,8 @@ class _Training:
         if state["steps_per_epoch"] != self.steps:
             raise ValueError(
                 f"--resume: the checkpoint counts {state['steps_per_epoch']} steps an epoch and these data give "
-                f"{self.steps}; resume with the same data and --batch-size"
+                f"{self.steps}; resume with the same data and --batch-size (with --batch-per-rank: on as many "
+                "processes)"
             )
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

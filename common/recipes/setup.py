@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from common.data import ImageData, StreamedBatches, load, open_stream
 from common.engine import Run, distributed
+from common.engine.accumulation import Batch, accumulated, batches_of
 from common.engine.cli import VOLATILE, Config
+from common.engine.progress import say as say_here
 from common.engine.protocols import BatchStream
+from common.nets import share_statistics
+from common.quant import share_first_steps, share_ranges
 from common.recipes.contents import CONTENTS
 from common.recipes.imagenet import free_cores
 
@@ -25,9 +29,13 @@ class FirstSteps:
     def __init__(self, stream: BatchStream, steps: int) -> None:
         self.stream, self.steps_per_epoch = stream, min(steps, stream.steps_per_epoch)
 
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, epoch: int, step: int) -> Batch:
         """The stream's own batch."""
         return self.stream.batch(epoch, step)
+
+    def batches(self, epoch: int, step: int) -> list[Batch]:
+        """All batches of the stream's step."""
+        return batches_of(self.stream, epoch, step)
 
 
 def shorten(stream: BatchStream, steps: int | None) -> BatchStream:
@@ -51,13 +59,33 @@ def prepare_torch(config: Config) -> torch.device:
 
 
 def lay_out(model: nn.Module, config: Config) -> nn.Module:
-    """Tell the networks within `model` what they keep in memory, and how (--checkpoint-cells, --channels-last)."""
+    """Tell the networks within `model` what they keep in memory, and how (--checkpoint-cells, --channels-last), and
+    what they share with other processes (--sync-bn). Before their first forward, and before any optimiser.
+    """
     for network in (m for m in model.modules() if hasattr(m, "checkpoint_cells")):
         network.checkpoint_cells = config.checkpoint_cells
         if not config.channels_last:
             network.memory_format = torch.contiguous_format
             network.to(memory_format=torch.contiguous_format)
+    if distributed.world_size() > 1:
+        _share(model, config)
     return model
+
+
+def _share(model: nn.Module, config: Config) -> None:
+    reduction = distributed.Reduction()
+    share_first_steps(model, reduction)
+    if config.sync_bn:
+        share_ranges(model, reduction)
+        share_statistics(model, reduction)
+    for module in (m for m in model.modules() if hasattr(m, "shard")):
+        module.shard = (distributed.rank(), distributed.world_size())
+
+
+def images_at_once(config: Config) -> int:
+    """How many images this process computes on at a time, of the --batch-size that a step takes."""
+    ranks = 1 if config.batch_per_rank else distributed.world_size()
+    return config.batch_size // (ranks * config.grad_accumulation)
 
 
 def prepare_compiler() -> None:
@@ -71,11 +99,11 @@ def training_stream(
     config: Config, data: ImageData, device: torch.device, name: str, indices: Tensor | None = None
 ) -> BatchStream:
     """The augmented batches of the training set (or of a part of it) that this process works on, as the flags say."""
-    return open_stream(
+    stream = open_stream(
         data.train,
         data.info,
         indices=indices,
-        batch_size=config.batch_size,
+        batch_size=images_at_once(config),
         seed=config.seed,
         name=name,
         augment=True,
@@ -84,12 +112,23 @@ def training_stream(
         rank=distributed.rank(),
         ranks=distributed.world_size(),
     )
+    return accumulated(stream, config.grad_accumulation)
 
 
-def load_data(config: Config, say: Callable[[str], None] = print) -> ImageData:
-    """The images that the flags name, on the CPU. Raises ValueError that names the flag, the reason and the cure."""
-    same = ("image_size", "data_module", "classes", "trainfile", "valfile", "workers")
-    return load(config.dataset, root=config.data, say=say, **{name: getattr(config, name) for name in same})
+def tell(text: str) -> None:
+    """Print a line on stdout, once for all processes."""
+    if distributed.is_main():
+        say_here(text)
+
+
+def load_data(config: Config, say: Callable[[str], None] = tell) -> ImageData:
+    """The images that the flags name, on the CPU. Raises ValueError that names the flag, the reason and the cure.
+
+    Of several processes on a machine the first goes ahead: what it downloads the others find.
+    """
+    with distributed.first_on_its_machine():
+        same = ("image_size", "data_module", "classes", "trainfile", "valfile", "workers")
+        return load(config.dataset, root=config.data, say=say, **{name: getattr(config, name) for name in same})
 
 
 def data_flags(flags: Mapping[str, Any], *, workers: int | None = None) -> dict[str, Any]:
