@@ -73,7 +73,50 @@ def _parser(
     add_own(parser)
     cli.add_optimization_flags(parser, stage)
     cli.add_run_flags(parser, stage)
+    add_plan_flags(parser)
     return parser
+
+
+def add_plan_flags(parser: Parser) -> None:
+    """What many ranks would take, without them."""
+    add = parser.group("plan").add_argument
+    plan = "print batch, memory, messages and bytes of a rank of --world-size, without any GPU; and stop"
+    add("--plan", action=cli.Switch, default=False, help=plan)
+    add("--world-size", type=cli.integer(1), metavar="N", help="ranks of the plan")
+    add("--gpus-per-node", type=cli.integer(1), metavar="M", help="ranks of a node (default: all on one)")
+    link = "for a modelled time: gigabits a second of the slowest link between ranks, one way"
+    add("--link-gbps", type=cli.number(positive=True), metavar="G", help=link)
+    step = "for a modelled time: a weight step's and an architecture step's seconds, measured on one GPU by --dry-run"
+    add("--step-seconds", type=cli.number(positive=True), nargs="+", metavar="S", help=step)
+
+
+def derive_plan(config: Config) -> dict[str, Any]:
+    """All ranks on one node, where nothing else was said."""
+    wanted = getattr(config, "plan", False) and config.gpus_per_node is None and config.world_size is not None
+    return {"gpus_per_node": config.world_size} if wanted else {}
+
+
+def check_plan(config: Config) -> list[str]:
+    """Rules across the flags of a plan."""
+    if not getattr(config, "plan", False):
+        names = ("world_size", "gpus_per_node", "link_gbps", "step_seconds")
+        given = [name for name in names if getattr(config, name, None) is not None]
+        return [f"--{name.replace('_', '-')}: only has a meaning with --plan; add it or drop this" for name in given]
+    if config.world_size is None:
+        return ["--plan: for how many ranks? give --world-size N, such as --world-size 64 --gpus-per-node 8"]
+    errors = []
+    if config.dry_run:
+        errors.append("--dry-run: runs a step on this machine, --plan plans for another; drop one of the two")
+    if config.step_seconds is not None and len(config.step_seconds) > 2:
+        errors.append("--step-seconds: a weight step's, and an architecture step's; give at most these two")
+    parts = config.grad_accumulation * (1 if config.batch_per_rank else config.world_size)
+    if config.batch_size % parts:
+        least = max(1, config.batch_size // parts) * parts
+        errors.append(
+            f"--batch-size: {config.batch_size} images cannot be shared out equally among {parts} parts (ranks x "
+            f"--grad-accumulation); give {least}"
+        )
+    return errors
 
 
 def resolve_training(
@@ -136,8 +179,8 @@ def _resolve(
         parser,
         argv,
         presets=presets,
-        derive=[derive_search_space, *derive, derive_contents],
-        validate=[*validate, partial(check_launch, prog=parser.prog, argv=argv)],
+        derive=[derive_search_space, *derive, derive_contents, derive_plan],
+        validate=[*validate, check_plan, partial(check_launch, prog=parser.prog, argv=argv)],
     )
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from common.cost.target import movable_error, within
-from common.data import evaluation_batches
-from common.engine import Run, plain, read_json
+from common.engine import Run, distributed, plain, read_json
 from common.engine.cli import Config
 from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
@@ -33,9 +32,10 @@ from common.recipes.findings import (
     train_command,
 )
 from common.recipes.parts import save_parts
+from common.recipes.plan import plan_search
 from common.recipes.search_setup import PreparedSearch, prepare_search
 from common.recipes.setup import open_run
-from common.recipes.trained import EVALUATION_BATCH, cost_text, evaluate_network
+from common.recipes.trained import cost_text, evaluate_split
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,15 @@ def run_search(
         ValueError: what does not fit together, with flag, reason and cure.
         NonFiniteError: the search left the finite numbers; the last good state is saved.
     """
-    prepared = prepare(config) if prepare is not None else prepare_search(config, supernet)
-    prepared.loop["arch_term"] = _sum_of(prepared.loop["arch_term"], hooks.arch_term)
+
+    def whole() -> PreparedSearch:
+        found = prepare(config) if prepare is not None else prepare_search(config, supernet)
+        found.loop["arch_term"] = _sum_of(found.loop["arch_term"], hooks.arch_term)
+        return found
+
+    if config.plan:
+        return plan_search(config, whole)
+    prepared = whole()
     if config.dry_run:
         return _dry_run(prepared)
     run = open_run(config, method=method, stage="search", dataset=prepared.data.info.name)
@@ -111,11 +118,8 @@ def _sum_of(one: Term | None, other: Term | None) -> Term | None:
 
 def _evaluate(prepared: PreparedSearch, model: nn.Module) -> dict[str, float]:
     """Loss and accuracy of the supernet on the architecture's part of the training set."""
-    info = prepared.data.info
-    batches = evaluation_batches(
-        prepared.data.train, info, EVALUATION_BATCH, prepared.device, indices=prepared.evaluation_indices
-    )
-    found = evaluate_network(model, batches, info.num_classes, prepared.config.precision)
+    data, indices = prepared.data, prepared.evaluation_indices
+    found = evaluate_split(model, data.train, data.info, prepared.config.precision, indices)
     return {"valid_loss": found["loss"], "valid_top1": found["top1"]}
 
 
@@ -151,8 +155,9 @@ def _conclude(
         "version": versions().get("project"),
     }
     architecture = model.architecture(plain(provenance))
-    run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
-    _draw(run, architecture)
+    if distributed.is_main():
+        run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
+        _draw(run, architecture)
     row = epoch_row(prepared, summary)
     command = train_command(config, method, run.folder, hooks.train_flags)
     run.log(f"genotype = {genotype_text(architecture.genotype)}")
