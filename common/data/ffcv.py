@@ -43,6 +43,7 @@ from common.data.streamed import CENTRE, PREPARED, RATIO, SCALE, Batch, Reader, 
 
 INSTALL = "bash scripts/install_ffcv.sh (Debian, Ubuntu), or environment.yml; --data DIR needs no ffcv"
 _JPEG_MODE = 0  # of an image's row: its bytes are a JPEG; otherwise they are pixels
+HEADER = 24  # bytes; a table that "begins" within them was never written
 _BUILDING = threading.Lock()  # two loaders must not be compiled at once: ffcv keeps its settings in class attributes
 
 
@@ -87,7 +88,7 @@ def _library() -> SimpleNamespace:
         fields=fields,
         libffcv=libffcv,
         loader=loader,
-        FileReader=reader.Reader,
+        FileReader=_careful_reader(reader.Reader),
         transforms=transforms,
         DatasetWriter=writer.DatasetWriter,
         EpochIterator=EpochIterator,
@@ -98,6 +99,19 @@ def _library() -> SimpleNamespace:
     parts.CentreCrop = _checked(parts, rgb_image.CenterCropRGBImageDecoder)
     parts.Epoch = _epoch_class(parts)
     return parts
+
+
+def _careful_reader(base: type) -> type:
+    class FileReader(base):  # type: ignore[misc,valid-type]
+        """A file's tables; its last one is empty where the file ends before it."""
+
+        def read_allocation_table(self) -> None:
+            there = HEADER < self.header["alloc_table_ptr"] <= Path(self.file_name).stat().st_size
+            self.alloc_table = np.empty(0, [("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+            if there:
+                super().read_allocation_table()
+
+    return FileReader
 
 
 def _checked(parts: SimpleNamespace, base: type) -> type:
@@ -411,9 +425,12 @@ def write_ffcv(
         compress_probability=compress_probability,
         jpeg_quality=jpeg_quality,
     )
-    # A page must hold an image as it is; 8 MiB is ffcv's own size.
-    page = (1 << 23) if max_resolution is not None and max_resolution <= 1600 else 1 << 28
-    writer = ffcv.DatasetWriter(str(aside), {"image": image, "label": ffcv.fields.IntField()}, page, max(1, workers))
+    writer = ffcv.DatasetWriter(
+        str(aside),
+        {"image": image, "label": ffcv.fields.IntField()},
+        _page(samples, max_resolution, mode),
+        max(1, workers),
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _watched_processes(out):
@@ -434,6 +451,23 @@ def write_ffcv(
     finally:
         aside.unlink(missing_ok=True)
         errors.unlink(missing_ok=True)
+
+
+def _page(samples: list[tuple[str, int]], max_resolution: int | None, mode: str) -> int:
+    """Bytes of a page: a power of two, at least ffcv's own 8 MiB, that holds the largest image."""
+    from PIL import Image
+
+    largest = 0
+    if mode != "jpg" and max_resolution is not None:
+        largest = 3 * max_resolution**2
+    elif mode != "jpg":
+        for path, _ in samples:
+            try:
+                with Image.open(path) as image:
+                    largest = max(largest, 3 * image.width * image.height)
+            except OSError:
+                continue  # whoever decodes it says what is wrong
+    return 1 << max(23, largest.bit_length())
 
 
 @contextmanager

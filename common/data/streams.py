@@ -128,12 +128,14 @@ def evaluation_batches(
     """Every image once, in order, normalised and nothing else; the last batch may be smaller.
 
     Yields x float32 [B, C, H, W] and y int64 [B] on `device`. indices: int64, the part to go through (None: all). Of
-    several ranks each takes every `ranks`-th image, so that together they see every image once.
+    several ranks each takes every `ranks`-th batch: together they see every image once, in the batches of one process.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: must be at least 1")
     if ranks > 1 or (indices is None and not isinstance(split, Split)):
-        indices = (torch.arange(len(split)) if indices is None else indices)[rank::ranks]
+        every = torch.arange(len(split)) if indices is None else indices
+        own = every.split(batch_size)[rank::ranks]
+        indices = torch.cat(own) if own else every[:0]  # only its last batch can be incomplete
     if isinstance(split, Split):
         return _resident_batches(split, info, batch_size, device, indices)
     return split.batches(info, batch_size, device, indices.cpu())

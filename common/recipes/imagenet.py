@@ -57,7 +57,7 @@ def derive_imagenet(config: Config, stage: str) -> dict[str, Any]:
     stage: "search", "train" or "bits" (a search of bits alone).
     """
     found: dict[str, Any] = {}
-    if (config.trainfile or config.valfile) and config.open_among({"dataset": None}):
+    if (config.trainfile or config.valfile) and not config.explicit("dataset"):
         found["dataset"] = config.dataset = "imagenet"
     if not is_imagenet(config):
         return found
