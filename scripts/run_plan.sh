@@ -10,6 +10,7 @@
 #   --size SIZE    one of the plan's sizes (default: its first)
 #   --seeds N ...  seeds of everything random (default: the plan's)
 #   --data DIR     where the data lie, or are downloaded to
+#   --trainfile X.ffcv --valfile Y.ffcv, --imagenet DIR   ImageNet, for plans with rows of it
 #   --jobs N       processes at a time (default 1, on a cluster 100)
 #   --only NAMES   some methods or jobs only, with what they wait for
 #   --out DIR      where the runs go (default runs/NAME-SIZE)
@@ -29,16 +30,17 @@ plan=$ROOT/scripts/plans/$name.json
 [ -f "$plan" ] || fail "there is no plan $plan"
 shift
 
-size="" seeds="" data="" jobs="" only="" out="" results="" executor="" cluster="" ranks="" dry=""
+size="" seeds="" data="" trainfile="" valfile="" imagenet="" jobs="" only="" out="" results="" executor="" cluster="" ranks="" dry=""
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) show_help "$ROOT/scripts/$name.sh" ;;
         --dry-run) dry=--dry-run; shift ;;
-        --size | --seeds | --data | --jobs | --only | --out | --results | --executor | --cluster | --ranks)
+        --size | --seeds | --data | --trainfile | --valfile | --imagenet | --jobs | --only | --out | --results | \
+            --executor | --cluster | --ranks)
             flag=$1
             [ $# -gt 1 ] || fail "$flag needs a value"
             case $flag in
-                --data | --out | --results) value=$(absolute "$2") ;;
+                --data | --trainfile | --valfile | --imagenet | --out | --results) value=$(absolute "$2") ;;
                 *) value=$2 ;;
             esac
             shift 2
@@ -61,7 +63,13 @@ out=${out:-runs/${name/_cifar10/}-$size}
 out=${out#"$ROOT"/}
 if [ -z "$results" ]; then results=results; [ "$size" != smoke ] || results=$out; fi
 [ -n "$dry" ] || mkdir -p "$results"
+settings=(data="$data" results="$results")
+if [ -n "$imagenet" ]; then settings+=(imagenet=imagenet "files=--data $(printf %q "$imagenet")"); fi
+if [ -n "$trainfile$valfile" ]; then
+    settings+=("files=--trainfile $(printf %q "$trainfile") --valfile $(printf %q "$valfile")")
+    if grep -q '"imagenet":' "$plan"; then settings+=(imagenet=imagenet); fi
+fi
 # shellcheck disable=SC2086  # lists of words on purpose
 exec "$python" sweep.py "scripts/plans/$name.json" --size "$size" --out "$out" \
-    --set data="$data" results="$results" ${seeds:+--seeds ${seeds//,/ }} ${only:+--only ${only//,/ }} \
+    --set "${settings[@]}" ${seeds:+--seeds ${seeds//,/ }} ${only:+--only ${only//,/ }} \
     ${jobs:+--jobs "$jobs"} ${executor:+--executor "$executor"} ${cluster:+--cluster $cluster} ${ranks:+--ranks "$ranks"} $dry
