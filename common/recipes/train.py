@@ -164,7 +164,7 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
     NonFiniteError when the training leaves the finite numbers.
     """
     if config.plan:
-        return plan_training(config, lambda: _planned(config))
+        return plan_training(config, lambda: loop_of(prepare(config)))
     prepared = prepare(config)
     stream, held_out = _streams(prepared)
     settings = training_settings(config)
@@ -209,11 +209,10 @@ def _arguments(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _planned(config: Config) -> tuple[Network, DatasetInfo, int, TrainSettings, dict[str, Any]]:
-    """What --plan needs of a training."""
-    prepared = prepare(config)
-    steps = _streams(prepared)[0].steps_per_epoch
-    return prepared.network, prepared.data.info, steps, training_settings(config), _arguments(prepared)
+def loop_of(prepared: Prepared) -> tuple[Network, DatasetInfo, BatchStream, TrainSettings, dict[str, Any]]:
+    """What the loop trains, on what, for how long, and what else it is told (for plans and measurements)."""
+    stream, settings = _streams(prepared)[0], training_settings(prepared.config)
+    return prepared.network, prepared.data.info, stream, settings, _arguments(prepared)
 
 
 def training_settings(config: Config) -> TrainSettings:
