@@ -19,7 +19,7 @@ def make_folder(root: Path, train: int = 5, val: int = 3, classes: tuple[str, ..
     for part, count in (("train", train), ("val", val)):
         for number, name in enumerate(classes):
             for i in range(count):
-                height, width = (int(side) for side in random.integers(40, 200, 2))
+                height, width = (int(side) for side in random.integers(70, 260, 2))
                 top, left = int(random.integers(0, 427 - height)), int(random.integers(0, 640 - width))
                 piece = Image.fromarray(photographs[(number + i) % 2][top : top + height, left : left + width])
                 path = root / part / name / f"{i}.JPEG"
