@@ -47,9 +47,9 @@ def parser() -> Parser:
 def evaluate(config: Config) -> dict[str, Any]:
     """The figures as one JSON object. Raises ValueError for what does not fit."""
     from common.cost import network_cost
-    from common.data import evaluation_batches, hold_out
+    from common.data import hold_out
     from common.recipes.setup import load_data, prepare_torch
-    from common.recipes.trained import EVALUATION_BATCH, evaluate_network, load_trained
+    from common.recipes.trained import evaluate_split, load_trained
 
     if config.run is None:
         raise ValueError("RUN: is missing; give the folder of a training run")
@@ -73,8 +73,7 @@ def evaluate(config: Config) -> dict[str, Any]:
             raise ValueError("--split val: this run held nothing out of its training set; use --split test")
         split, indices = data.train, hold_out(data.train.labels, trained["val_fraction"], trained["seed"])[1]
     network.to(device)
-    batches = evaluation_batches(split.to(device), data.info, EVALUATION_BATCH, device, indices=indices)
-    found = evaluate_network(network, batches, data.info.num_classes, trained["precision"])
+    found = evaluate_split(network, split.to(device), data.info, trained["precision"], indices)
     counts = zip(data.info.classes, found.pop("per_class"), strict=True)
     return {
         "run": str(config.run),
@@ -141,8 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parser().parse_args(argv)
 
     def work() -> None:
+        from common.engine.distributed import is_main
+
         found = evaluate(config)
-        print(json.dumps(found, indent=2) if config.json else text(found))
+        if is_main():
+            print(json.dumps(found, indent=2) if config.json else text(found))
 
     return run_program(work, PROG)
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.engine import preemption
+from common.engine import distributed, preemption
+from common.engine.accumulation import batches_of
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError
 from common.engine.metrics import ClassificationMeter
@@ -62,7 +63,10 @@ class ChildSettings:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images to evaluate on after an epoch: `name` "valid" or "test", their number, and their batches."""
+    """Images to evaluate on after an epoch: `name` "valid" or "test", their number, and their batches.
+
+    Of several processes each gives the batches rank, rank + ranks, ... of the `batch_count`.
+    """
 
     name: str
     images: int
@@ -153,31 +157,49 @@ class ChildLoop:
     def one_step(self) -> None:
         """One step of the child on this position's batch; nothing here waits for the device."""
         s = self.settings
-        x, y = self.stream.batch(self.epoch, self.position)
+        batches = batches_of(self.stream, self.epoch, self.position)
         if s.drop_path:
             total = s.epochs * self.steps
             self.model.drop_path_probability = s.drop_path * min(1.0, (self.global_step + 1) / total)
         self.model.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
+        counts: Tensor | None = None
+        for x, y in batches:
+            loss, found = self._descend(x, y, len(batches))
+            losses.append(loss)
+            counts = found if counts is None else counts + found
+        assert counts is not None
+        mean = torch.stack(losses).mean()
+        used = [p for p in self.trained if p.grad is not None]
+        if distributed.world_size() > 1:
+            # every rank drew the same architecture, so the same weights have gradients; see common.engine.train_loop
+            buffers = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())
+            distributed.average_([*(p.grad for p in used), mean, *buffers], sums=[counts])
+        norm = nn.utils.get_total_norm([p.grad for p in used], foreach=True)
+        self.guard.check(mean, norm)
+        if s.grad_bound is not None:
+            nn.utils.clip_grads_with_norm_(used, s.grad_bound, norm, foreach=True)
+        self.optimizers["child"].step()
+        self._clip()
+        self.meter.add(counts)
+        self.position += 1
+        self.batch_size = sum(len(y) for _, y in batches) * distributed.world_size()
+        with torch.no_grad():
+            correct = counts[-self.meter.num_classes :].sum()
+            self.newest.copy_(torch.stack([counts[0] / self.batch_size, norm, correct]))
+        self.guard.end_of_step()
+
+    def _descend(self, x: Tensor, y: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        """Add one of a step's `parts` batches to the gradients; its loss, and what the meter counts of it."""
+        s = self.settings
         logits, auxiliary = self.forward(x, self.arcs[self.position] if self.arcs else None)
         plain = loss = self.criterion(logits, y)
         if auxiliary is not None:
             loss = loss + s.auxiliary_weight * self.criterion(auxiliary, y)
         if s.l2:
             loss = loss + s.l2 * torch.stack([p.square().sum() for p in self.trained]).sum()
-        loss.backward()
-        used = [p for p in self.trained if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in used], foreach=True)
-        self.guard.check(loss.detach(), norm)
-        if s.grad_bound is not None:
-            nn.utils.clip_grads_with_norm_(used, s.grad_bound, norm, foreach=True)
-        self.optimizers["child"].step()
-        self._clip()
-        self.meter.update(logits.detach(), y, plain.detach() * len(y))
-        with torch.no_grad():
-            correct = (logits.argmax(1) == y).sum()
-            self.newest.copy_(torch.stack([plain.detach().double(), norm.double(), correct.double()]))
-        self.guard.end_of_step()
-        self.position, self.batch_size = self.position + 1, len(y)
+        (loss if parts == 1 else loss / parts).backward()
+        return loss.detach(), self.meter.measure(logits.detach(), y, plain.detach() * len(y))
 
     @torch.no_grad()
     def _clip(self) -> None:
@@ -290,10 +312,11 @@ class ChildLoop:
         """Share of right answers on all images, batch k by architecture k (without any: by the model's own)."""
         self.model.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for number, (x, y) in enumerate(one.batches()):
+        for turn, (x, y) in enumerate(one.batches()):
+            number = turn * distributed.world_size() + distributed.rank()
             logits, _ = self.forward(x, arcs[number] if arcs else None)
             correct += (logits.argmax(1) == y).sum()
-        return int(correct) / one.images
+        return int(distributed.sum_(correct)) / one.images
 
     # --------------------------------------------------------------------------------- state
 

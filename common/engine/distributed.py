@@ -106,7 +106,8 @@ def average_(tensors: Iterable[Tensor], sums: Sequence[Tensor] = ()) -> None:
     for means, totals in buckets.values():
         together = [*means, *totals]
         flat = _reduce_(torch.cat([tensor.reshape(-1) for tensor in together]))  # a sum: gloo has no mean
-        flat[: sum(tensor.numel() for tensor in means)] /= world_size()
+        if means:  # counts of whole numbers are only summed
+            flat[: sum(tensor.numel() for tensor in means)] /= world_size()
         pieces = flat.split([tensor.numel() for tensor in together])
         torch._foreach_copy_(together, [piece.view_as(tensor) for piece, tensor in zip(pieces, together, strict=True)])
 
@@ -176,3 +177,10 @@ def first_on_its_machine() -> Iterator[None]:
     yield
     if world_size() > 1 and not waits:
         dist.barrier()
+
+
+def lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another process has gone, which has an error of its own to show."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

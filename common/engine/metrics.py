@@ -59,8 +59,7 @@ class ClassificationMeter:
 
     def sum_over_ranks_(self) -> None:
         """Add up what the ranks saw, where each saw a part of the data. Once, before `result`."""
-        for tensor in self.state_dict().values():
-            distributed.sum_(tensor)
+        distributed.average_([], sums=list(self.state_dict().values()))
 
     def result(self) -> dict[str, Any]:
         """loss (mean), top1, top5 (fractions 0..1), n, correct, per_class [(n, correct), ...]. Waits for the device.

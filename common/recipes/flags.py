@@ -278,14 +278,14 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
         main()
         distributed.leave()
     except ValueError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        _report(prog, error)
         return 2
     except BrokenPipeError:
         # the interpreter flushes stdout once more at its end, which would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, NonFiniteError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        _report(prog, error)
         return 1
     except Stopped as stop:
         print(f"{prog}: {stop}; --resume auto goes on", file=sys.stderr)
@@ -294,4 +294,27 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; --resume auto goes on", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not distributed.lost_a_rank(error):
+            _leave_for_launcher(error)
+            raise
+        print(f"{_rank()}{prog}: another process has ended, so this one ends too", file=sys.stderr)
+        return 1
     return 0
+
+
+def _report(prog: str, error: Exception) -> None:
+    """An error in a line; torchrun, which ends the other processes, shows it once more in its summary."""
+    print(f"{_rank()}{prog}: {error}", file=sys.stderr)
+    _leave_for_launcher(error)
+
+
+def _rank() -> str:
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _leave_for_launcher(error: Exception) -> None:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

@@ -34,7 +34,7 @@ from common.recipes.findings import (
 from common.recipes.parts import save_parts
 from common.recipes.plan import plan_search
 from common.recipes.search_setup import PreparedSearch, prepare_search
-from common.recipes.setup import open_run
+from common.recipes.setup import open_run, tell
 from common.recipes.trained import cost_text, evaluate_split
 
 
@@ -226,8 +226,8 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
     row = epoch_row(prepared, {})
     searching = max(0, settings.epochs - settings.arch_begin_epoch) / settings.arch_every
     whole = loop.steps * (settings.epochs * seconds["weight"] + searching * seconds["architecture"])
-    print("\n".join(prepared.notes))
-    print(
+    tell("\n".join(prepared.notes))
+    tell(
         f"present choice: {row['exact_bitops'] / 1e9:.4g} G BitOps exact, {row['expected_bitops'] / 1e9:.4g} G expected"
         f"\nsteps of {config.batch_size} images: weights {seconds['weight']:.3f} s, architecture "
         f"{seconds['architecture']:.3f} s ({settings.order}), peak memory {peak_memory_mb(prepared.device):,.0f} MB; "

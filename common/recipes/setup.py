@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.data import ImageData, StreamedBatches, load, open_stream
+from common.data.stand_in import stand_in
 from common.engine import Run, distributed
 from common.engine.accumulation import Batch, accumulated, batches_of
 from common.engine.cli import VOLATILE, Config
@@ -124,8 +125,12 @@ def tell(text: str) -> None:
 def load_data(config: Config, say: Callable[[str], None] = tell) -> ImageData:
     """The images that the flags name, on the CPU. Raises ValueError that names the flag, the reason and the cure.
 
-    Of several processes on a machine the first goes ahead: what it downloads the others find.
+    Of several processes on a machine the first goes ahead: what it downloads the others find. A plan without files
+    takes the published sizes.
     """
+    planned = getattr(config, "plan", False) and not (config.data or config.trainfile or config.data_module)
+    if planned and (shapes := stand_in(config.dataset, config.image_size, config.classes)) is not None:
+        return shapes
     with distributed.first_on_its_machine():
         same = ("image_size", "data_module", "classes", "trainfile", "valfile", "workers")
         return load(config.dataset, root=config.data, say=say, **{name: getattr(config, name) for name in same})

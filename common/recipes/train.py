@@ -34,6 +34,7 @@ from common.recipes.setup import (
     prepare_torch,
     shorten,
     stem_of,
+    tell,
     training_stream,
 )
 from common.recipes.trained import (
@@ -276,8 +277,8 @@ def _dry_run(
     train(prepared.network, stream=two, settings=once, run=silent_run(rows), on_step=stamp, **arguments)
     step_seconds = times[1] - times[0]
     whole = step_seconds * stream.steps_per_epoch * settings.epochs
-    print("\n".join(prepared.notes))
-    print(
+    tell("\n".join(prepared.notes))
+    tell(
         f"one step of {prepared.config.batch_size} images: {step_seconds:.3f} s, peak memory "
         f"{rows[-1]['peak_memory_mb']:,.0f} MB; {stream.steps_per_epoch} steps an epoch, {settings.epochs} epochs: "
         f"about {duration(whole)} (evaluation not counted)\ndry run: nothing was written"

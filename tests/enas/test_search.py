@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_stops_the_run(
 
     def broken(stream: Stream, epoch: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = plain(stream, epoch, number)
-        bad = stream._name == "train" and 2 * epoch + number == step
+        bad = stream._order.name == "train" and 2 * epoch + number == step
         return (x * float("nan") if bad else x), y
 
     with monkeypatch.context() as patch:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process against several ranks with the same global batch: the same search and the same training, to 1e-10.
 
-The one process normalises with torch's own layers and knows no ranks. float64, so that 1e-10 means something. No
-weights of fixed 8 bits before activations of 8 bits: their sums are whole numbers, of which some lie exactly between
-two levels of a range that is such a sum as well, and then the last digit of a sum decides.
+The one process normalises with torch's own layers and knows no ranks. float64, so that 1e-10 means something. Of
+fixed bits one operand is: sums of discrete weights times discrete activations meet, and lie exactly between two levels
+of the next quantiser or at a maximum of equals, where the last digit of a sum decides.
 """
 
 from __future__ import annotations
@@ -121,7 +121,6 @@ THOROUGH = [
     *((FLOAT, "finite-difference", ranks, 1, 3) for ranks in (2, 4)),
     *((setting, order, 2, 2, 3) for setting in (MIXED, FLOAT) for order in ("first", "exact", "finite-difference")),
     (REFERENCE, "first", 2, 1, 3),
-    ({"bits": (2, 4), "stem": "imagenet"}, "first", 2, 1, 1),
 ]
 
 
@@ -134,7 +133,7 @@ def test_a_search(setting: dict[str, Any], order: str, ranks: int, parts: int, s
     assert_equal(work(), on_ranks(ranks, work))
 
 
-LSQ = {"bits": (4, 4), "weight_quantizer": "lsq", "activation_quantizer": "lsq"}
+LSQ = {"bits": (32, 4), "weight_quantizer": "lsq", "activation_quantizer": "lsq"}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ LSQ = {"bits": (4, 4), "weight_quantizer": "lsq", "activation_quantizer": "lsq"}
         ({"bits": (32, 8)}, 2, 1),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [({"bits": (32, 32)}, 4, 1), ({"bits": (2, 2)}, 2, 2), (LSQ, 2, 1), (LSQ, 4, 2)]
+            for case in [({"bits": (32, 32)}, 4, 1), ({"bits": (32, 2)}, 2, 2), (LSQ, 2, 1), (LSQ, 4, 2)]
         ),
     ],
 )
