@@ -5,6 +5,7 @@
     python report.py runs --format csv --out results/table.csv
     python report.py runs --group-by method,bits --format latex
     python report.py runs --pareto docs/images/pareto.svg
+    python report.py runs/qdarts-search/RUN --plots
 
 Runs that differ only by their seed share a row (`--group-by run`: a row each); a grouping that would mix data sets or
 sizes is refused. Runs of the same configuration and seed count once; the table names the others. Exit code 1 when a
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from common.engine.files import write_bytes
 from common.engine.parsing import Parser, choice
+from common.recipes.curves import draw_curves
 from common.recipes.pareto import COSTS, draw_pareto, picture
 from common.recipes.records import Record, find_runs, read_run
 from common.recipes.rows import DEFAULT_GROUPS, GROUP_FIELDS, group, repeat_notes
@@ -46,6 +48,7 @@ def _parser() -> Parser:
     parser.add_argument("--pareto", type=picture, metavar="FILE", help="draw accuracy against cost: .svg, .png or .pdf")
     costs, default = "|".join(COSTS), next(iter(COSTS))
     parser.add_argument("--pareto-x", type=choice(*COSTS), default=default, metavar=costs, help="its cost axis")
+    parser.add_argument("--plots", action="store_true", help="draw each run's curves into its folder: curves.svg")
     return parser
 
 
@@ -84,6 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for message in left_out:
             print(f"report.py: --pareto leaves out {message}", file=sys.stderr)
         _write(parser, "--pareto", args.pareto, image)
+    for record in records if args.plots else ():
+        try:
+            _write(parser, "--plots", record.folder / "curves.svg", draw_curves(record.folder))
+        except ValueError as error:
+            problems.append(str(error))
+            print(f"report.py: --plots: {error}", file=sys.stderr)
     if rows:
         _write(parser, "--out", args.out, _WRITERS[form](rows).encode())
     return 1 if problems or not rows else 0

@@ -10,8 +10,10 @@ unknown names end with exit code 1, as in the PaddleSlim script of the same name
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,9 +46,15 @@ def _parser() -> Parser:
 
 
 def target_stem(target: str, out: Path | None) -> Path:
-    """Where the picture goes, without ending: --out, a run's `cells`, beside a file, or NAME in the working folder."""
+    """Where the picture goes, without ending: --out, a run's `cells`, beside a file, or NAME in the working folder.
+
+    An architecture written out as integers has no name: its picture gets one from their digest.
+    """
     if out is not None:
         return out.with_suffix("") if out.suffix.lower().lstrip(".") in _ENDINGS else out
+    text = re.sub(r"#[^\n]*", "", target)
+    if len(text.split()) > 4 and not re.search(r"[^\d\s,\[\]]", text):
+        return Path(f"enas-{sha256(' '.join(re.findall('[0-9]+', text)).encode()).hexdigest()[:8]}")
     path = Path(target)
     if path.is_dir():
         return path / "cells"
@@ -90,8 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         architecture = load_architecture(targets[0])
         if args.wbits is not None:
             architecture = architecture.with_uniform_bits(args.wbits, args.abits)
-        title = architecture.name or Path(targets[0]).resolve().name
-        written = draw_cells(architecture, target_stem(targets[0], args.out), formats=formats, title=title)
+        stem = target_stem(targets[0], args.out)
+        title = architecture.name or (stem.name if stem.name.startswith("enas-") else Path(targets[0]).resolve().name)
+        written = draw_cells(architecture, stem, formats=formats, title=title)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

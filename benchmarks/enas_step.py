@@ -161,17 +161,20 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as lines."""
+    """The figures as a table."""
     s, child, controller = result["setting"], result["child"], result["controller"]
     return "\n".join(
         [
-            f"child: L={s['layers']}, B={s['blocks']}, F={s['out_filters']}, batch {s['batch_size']}, "
-            f"{s['image_size']} pixels; {result['threads']} thread(s), n = {result['n']}",
-            f"step: sampled operations {child['sampled']['seconds']:.3f} s, all five {child['all']['seconds']:.3f} s, "
-            f"ratio {result['child_ratio']:.2f}",
-            f"controller, {SAMPLES} samples: one run {controller['batched']['seconds']:.3f} s, one by one "
-            f"{controller['one by one']['seconds']:.3f} s, ratio {result['controller_ratio']:.2f}",
-            f"ten architectures on a batch each: {result['ten_architectures_seconds']:.3f} s",
+            f"L={s['layers']}, B={s['blocks']}, F={s['out_filters']}, batch {s['batch_size']}, {s['image_size']} px, "
+            f"{result['threads']} thread(s), n = {result['n']}",
+            "",
+            "| what | CPU s | the other way, CPU s | times faster |",
+            "| --- | ---: | ---: | ---: |",
+            f"| child's step, sampled operations against all five | {child['sampled']['seconds']:.3f} "
+            f"| {child['all']['seconds']:.3f} | {result['child_ratio']:.2f} |",
+            f"| controller's {SAMPLES} samples, one run against one by one | {controller['batched']['seconds']:.3f} "
+            f"| {controller['one by one']['seconds']:.3f} | {result['controller_ratio']:.2f} |",
+            f"| ten architectures on a batch each | {result['ten_architectures_seconds']:.3f} | | |",
         ]
     )
 

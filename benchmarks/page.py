@@ -18,7 +18,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import data_pipeline, fast_preset, features, kernels, scaling, startup, supernet_step, training_step
+from benchmarks import (
+    data_pipeline,
+    enas_step,
+    fast_preset,
+    features,
+    kernels,
+    scaling,
+    startup,
+    supernet_step,
+    training_step,
+)
 from benchmarks.measuring import RESULTS, ROOT
 
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
@@ -80,6 +90,7 @@ GOALS: list[tuple[str, str, Callable[[dict[str, Any]], float], str]] = [
     ("data pipeline's share of an iteration", _PLAIN, _of(_PLAIN, "data_share"), "<= 0.03"),
     ("start to first step (imports, data, build), slowest, seconds", "startup", _slowest_start("seconds"), "<= 6"),
     ("the same until that step is done", "startup", _slowest_start("done"), ""),
+    ("ENAS child's step, against all five operations", "enas_step", _of("enas_step", "child_ratio"), ">= 3"),
 ]
 
 
@@ -136,6 +147,7 @@ def figures(name: str, results: dict[str, Any]) -> str:
         "scaling": scaling.table,
         "data_pipeline": data_pipeline.table,
         "kernels": kernels.table,
+        "enas_step": enas_step.table,
         "fast_preset_quickstart": fast_preset.table,
     }
     if not name.startswith("supernet_") and name not in tables:

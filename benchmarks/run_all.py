@@ -45,6 +45,7 @@ PLAN: dict[str, list[str]] = {
     "features": ["features.py"],
     "scaling": ["scaling.py", "--csv", "{csv}", "--plot", "{plot}"],
     "data_pipeline": ["data_pipeline.py"],
+    "enas_step": ["enas_step.py"],
 }
 NEEDS_DATA = ("startup", "data_pipeline")
 

@@ -31,6 +31,9 @@ PER_DATASET: dict[str, dict[str, dict[str, Any]]] = {
 _HELD_OUT = {"mnist": 5000 / 60000, "cifar10": 5000 / 50000, "cifar100": 5000 / 50000}
 _SMALL = {"dataset": "digits", "image_size": 16, "out_filters": 4, "layers": 2, "batch_size": 64, "log_every": 10}
 _SMOKE = {**_SMALL, "image_size": 8, "out_filters": 2, "layers": 1, "batch_size": 16, "epochs": 2, "log_every": 1}
+# A child of shared weights learns by its number of steps, whatever their size: small images and cells give 17,000 steps
+# in half an hour.
+_HOUR = {"image_size": 16, "batch_size": 64, "loss": "cross-entropy", "auxiliary": False}
 _QUICK = {**_SMALL, "out_filters": 8, "learning_rate": 0.05}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "search": {
@@ -50,6 +53,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "eval_layers": 2,
             "eval_out_filters": 8,
         },
+        "hour": {
+            "about": "MNIST or CIFAR-10 at 16 pixels: with its training about an hour of one CPU core",
+            **_HOUR,
+            "layers": 1,
+            "out_filters": 8,
+            "epochs": 20,
+            "lr_period": 20,
+            "log_every": 100,
+            "eval_layers": 2,
+            "eval_out_filters": 16,
+        },
         "smoke": {
             "about": "digits, a few steps: seconds, for tests; its figures mean nothing",
             **_SMOKE,
@@ -62,6 +76,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "train": {
         "quickstart": {"about": "digits at a size for minutes on a laptop", **_QUICK, "epochs": 16},
+        "hour": {
+            "about": "the size of the search's preset of that name",
+            **_HOUR,
+            "layers": 2,
+            "out_filters": 16,
+            "epochs": 5,
+            "lr_period": 5,
+            "log_every": 100,
+        },
         "smoke": {
             "about": "digits, a few steps: seconds, for tests; its figures mean nothing",
             **_SMOKE,
@@ -93,7 +116,7 @@ def make_parser(prog: str, description: str, stage: str) -> Parser:
     cli.add_run_flags(parser, stage)
     parser.set_defaults(log_every=25 if stage == "search" else 50)
     parser.fix(stem_bits=32, classifier_bits=32, lr_warmup_epochs=0, search_space=None)
-    _ignore_source(parser)
+    _ignore_source(parser, stage)
     return parser
 
 
@@ -193,15 +216,26 @@ def _add_controller(parser: Parser) -> None:
     add("--cost-weight", type=number(0), default=0.5, metavar="W", help="accuracy that a doubled cost takes away")
 
 
-def _ignore_source(parser: Parser) -> None:
+_POLICY = ("training", "lr", "tanh-constant", "op-tanh-reduce", "temperature", "entropy-weight", "bl-dec")
+_POLICY += ("train-steps", "num-aggregate", "train-every")
+
+
+def _ignore_source(parser: Parser, stage: str) -> None:
     """Flags of the source that nothing reads there, or that have no meaning here."""
     parser.ignore("the run's folder is set by --save", "--output-dir", "--reset-output-dir")
-    parser.ignore("nothing reads it, as in the source", "--child-cutout-size", "--controller-keep-prob", "--n-aug-img")
+    parser.ignore("nothing reads it, as in the source", "--child-cutout-size", "--controller-keep-prob")
     parser.ignore("nothing reads it, as in the source", "--controller-use-critic", "--controller-skip-target")
     parser.ignore("nothing reads it, as in the source", "--controller-skip-weight", "--controller-forwards-limit")
+    parser.ignore("no augmented copies are kept; --augment draws anew at every step", "--n-aug-img")
     parser.ignore("it is taken from the data", "--channel", "--img-size", "--search-for", "--data-format")
     parser.ignore("gradients are clipped by --grad-clip", "--child-clip-mode")
     parser.ignore("one process computes all samples of an update", "--controller-sync-replicas")
+    if stage == "search":
+        parser.ignore("a search drops no paths", "--child-drop-path-keep-prob", "--drop-path-keep-prob")
+        parser.ignore("a search samples its architectures", "--child-fixed-arc", "--fixed-arc")
+    else:
+        parser.ignore("a training has no controller", *(f"--controller-{name}" for name in _POLICY))
+        parser.ignore("the architecture says it", "--child-num-cells", "--blocks")
 
 
 def resolve(parser: Parser, argv: Sequence[str], stage: str) -> Config:
@@ -212,7 +246,7 @@ def resolve(parser: Parser, argv: Sequence[str], stage: str) -> Config:
 
     checks = [cli.check_run, check_data, _check_network, _check_computing]
     checks += [partial(check_launch, prog=parser.prog, argv=argv)]
-    checks += [_check_reward] if stage == "search" else [_check_architecture]
+    checks += [_check_reward, _check_held_out] if stage == "search" else [_check_architecture]
     return cli.resolve(parser, argv, presets=PRESETS[stage], derive=[by_dataset, derive_contents], validate=checks)
 
 
@@ -226,21 +260,27 @@ def _by_dataset(config: Config, stage: str) -> dict[str, Any]:
         if config.eval_layers is None:
             found |= {"eval_layers": PER_DATASET["train"][kind]["layers"]}
     else:
-        found |= {"val_fraction": 0.0} | _types_of_search(config)
+        layers = config.open_among(found).get("layers", config.layers)
+        found |= {"val_fraction": 0.0} | _types_of_search(config, layers)
     if config.compat:
         found |= {"clip_weights": False, "grad_clip": None}
     return config.open_among(found)
 
 
-def _types_of_search(config: Config) -> dict[str, Any]:
-    """The type that all layers of the search had which found the architecture, if they had one."""
+def _types_of_search(config: Config, layers: int) -> dict[str, Any]:
+    """The types of layers of the search which found the architecture, where they fit a network of L = `layers`."""
     from common.nets import load_architecture
 
     try:
         types = load_architecture(config.arch).search.get("layer_bits")
     except (ValueError, OSError):
         return {}  # the flags' check says what is wrong
-    return {"layer_bits": types} if isinstance(types, list) and len(types) == 1 else {}
+    return {"layer_bits": types} if isinstance(types, list) and types_pass_on(types, layers) else {}
+
+
+def types_pass_on(types: Sequence[str], layers: int) -> bool:
+    """Whether the types of a search's layers can be those of a network of L = `layers`: one for all, or as many."""
+    return len(types) in (1, layers + 3)
 
 
 def _check_computing(config: Config) -> list[str]:
@@ -290,6 +330,12 @@ def _check_reward(config: Config) -> list[str]:
     if config.reward == "accuracy" and config.target_bitops is not None:
         return ["--target-bitops: only has a meaning with --reward accuracy-bitops; add it or drop this"]
     return []
+
+
+def _check_held_out(config: Config) -> list[str]:
+    if config.val_fraction > 0:
+        return []
+    return ["--val-fraction: the controller's rewards need images that are held out; give a share above 0"]
 
 
 def source_values(config: Config) -> Mapping[str, Any]:

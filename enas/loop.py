@@ -75,7 +75,12 @@ class EvaluationSet:
 
 
 class ChildLoop:
-    """State and steps of a training; `epoch` and `position` name the next step to be done."""
+    """State and steps of a training; `epoch` and `position` name the next step to be done.
+
+    `later_columns` are the figures that `after_steps` may add to an epoch's row.
+    """
+
+    later_columns: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -158,6 +163,8 @@ class ChildLoop:
         """One step of the child on this position's batch; nothing here waits for the device."""
         s = self.settings
         batches = batches_of(self.stream, self.epoch, self.position)
+        # Dropout, drop path and stochastic signs: so that a step can be done again, whatever was done since.
+        torch.manual_seed(derive(s.seed, "enas", "step", self.epoch, self.position, distributed.rank()))
         if s.drop_path:
             total = s.epochs * self.steps
             self.model.drop_path_probability = s.drop_path * min(1.0, (self.global_step + 1) / total)
@@ -251,7 +258,7 @@ class ChildLoop:
             self.position += 1
             self._maybe_save()
         self.check_finite()
-        found = self.meter.result()
+        found, steps_now = self.meter.result(), max(self.steps - first, 0)
         row = {"train_loss": found["loss"], "train_top1": found["top1"], "learning_rate": rate}
         self.model.eval()
         row |= self.after_steps()
@@ -259,11 +266,12 @@ class ChildLoop:
             row |= self._evaluate()
         self.run.history(row, epoch=self.epoch)
         more = {
-            "images_per_second": found["n"] * (self.steps - first) / self.steps / max(seconds, 1e-9),
+            "images_per_second": found["n"] * steps_now / self.steps / max(seconds, 1e-9) if steps_now else "",
             "seconds": time.monotonic() - started,
             "peak_memory_mb": peak_memory_mb(self.device),
         }
-        empty = {f"{one.name}_top1": "" for one in self.evaluations}
+        # a row's columns are the first row's: those that not every epoch fills are there from the start
+        empty = dict.fromkeys([*(f"{one.name}_top1" for one in self.evaluations), *self.later_columns], "")
         scalars = {key: value for key, value in row.items() if isinstance(value, float | int)}
         self.run.metrics({"epoch": self.epoch, **empty, **scalars, **more}, step=self.global_step)
         self.epoch, self.position = self.epoch + 1, 0

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.cost import Cost, architecture_cost, network_cost
 from common.data import ImageData, evaluation_batches, hold_out, open_stream
@@ -30,7 +33,7 @@ from common.recipes.trained import cost_text, final_figures, network_state
 from enas.child import SharedChild
 from enas.controller import Controller, ControllerSettings, max_entropy
 from enas.cost import NetworkSize, cells_bitops
-from enas.flags import source_values
+from enas.flags import source_values, types_pass_on
 from enas.loop import RULE, ChildLoop, ChildSettings, EvaluationSet
 from enas.reinforce import cost_penalty
 from enas.search_loop import PolicySettings, SearchLoop
@@ -73,7 +76,8 @@ class _Data:
 
     def _stream(self, config: Config, name: str, indices: Tensor | None, **more: Any) -> BatchStream:
         images, same = self.images, {"seed": config.seed, "name": name, "device": self.device}
-        return open_stream(images.train, images.info, indices=indices, **same, **more)
+        # as in the source an epoch's last batch is a whole one too
+        return open_stream(images.train, images.info, indices=indices, fill_last=True, **same, **more)
 
     def evaluation(self, name: str) -> EvaluationSet:
         """All images of "valid" or "test", in order."""
@@ -141,8 +145,12 @@ def _evaluations(config: Config, data: _Data, names: tuple[str, ...]) -> list[Ev
     return [data.evaluation(name) for name in names if name != "test" or config.epoch_test]
 
 
-def _head(config: Config, parameters: int) -> str:
-    """What the source prints first: its flags, sorted and dotted to 80 columns, and the number of parameters."""
+def _head(config: Config, model: nn.Module) -> str:
+    """What the source prints first: its flags, sorted and dotted to 80 columns, and the number of parameters.
+
+    As there, the auxiliary head's are not counted.
+    """
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("auxiliary_head."))
     lines = [RULE]
     for key, value in sorted(source_values(config).items()):
         lines.append(f"{key}{'.' * max(1, 80 - len(key) - len(str(value)))}{value}")
@@ -178,7 +186,7 @@ def run_training(config: Config, *, on_step: Callable[[int], None] | None = None
     with run:
         if run.already_finished:
             return read_json(run.folder / "result.json")
-        run.log(_head(config, sum(p.numel() for p in network.parameters())))
+        run.log(_head(config, network))
         run.log("\n".join([f"{architecture.genotype}\nnetwork: {cost_text(cost)}", *getattr(stream, "notes", ())]))
         if distributed.is_main():
             run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
@@ -230,10 +238,10 @@ def policy_settings(config: Config) -> PolicySettings:
 
 
 def evaluation_size(config: Config, data: ImageData) -> NetworkSize:
-    """The network that a found architecture will be trained in; types of layers pass on where one is for all."""
+    """The network that a found architecture will be trained in, of the search's types of layers where they fit it."""
     info = data.info
-    types = config.layer_bits if config.layer_bits is not None and len(config.layer_bits) == 1 else None
     layers, filters = config.eval_layers, config.eval_out_filters
+    types = config.layer_bits if config.layer_bits and types_pass_on(config.layer_bits, layers) else None
     return NetworkSize(info.channels, info.num_classes, filters, layers, info.image_size, types)
 
 
@@ -266,11 +274,16 @@ def run_search(config: Config, *, on_step: Callable[[int], None] | None = None) 
     with run:
         if run.already_finished:
             return read_json(run.folder / "result.json")
-        run.log(_head(config, sum(p.numel() for p in child.parameters())))
+        run.log(_head(config, child))
         run.log(
             f"{data.train_count} images train, {len(data.held)} give rewards; greatest entropy of a controller of "
             f"{config.blocks} blocks: {max_entropy(config.blocks):.2f}"
         )
+        if config.layer_bits and not types_pass_on(config.layer_bits, config.eval_layers):
+            run.log(
+                f"--layer-bits: {len(config.layer_bits)} types fit no network of --eval-layers {config.eval_layers}: "
+                "costs count the default types, and train.py will take them"
+            )
         searching = SearchLoop(child, controller, run=run, on_step=on_step, **loop)
         row = searching.run_epochs()
         result = _conclude(run, config, data, searching, size, row)
@@ -333,14 +346,16 @@ def _save(run: Run, best: Architecture) -> None:
 
 
 def train_command(config: Config, run: Run) -> str:
-    """The command that trains what a search found."""
-    words = ["python enas/train.py", f"--arch {run.folder}", f"--dataset {config.dataset}"]
-    words += [f"--data {config.data}"] if config.data is not None else []
-    words += [f"--data-module {config.data_module}"] if config.data_module is not None else []
-    words += [f"--layers {config.eval_layers}", f"--out-filters {config.eval_out_filters}"]
-    words += [f"--image-size {config.image_size}"] if config.image_size != 32 else []
-    words += [f"--layer-bits {config.layer_bits[0]}"] if config.layer_bits and len(config.layer_bits) == 1 else []
-    return " ".join(words)
+    """The command that trains what a search found, as typed in the present folder."""
+    words = ["python", os.path.relpath(Path(__file__).with_name("train.py")), "--arch", os.path.relpath(run.folder)]
+    words += ["--dataset", config.dataset]
+    for flag, value in (("--data", config.data), ("--data-module", config.data_module)):
+        words += [flag, str(value)] if value is not None else []
+    words += ["--layers", str(config.eval_layers), "--out-filters", str(config.eval_out_filters)]
+    words += ["--image-size", str(config.image_size)] if config.image_size != 32 else []
+    types = config.layer_bits or []
+    words += ["--layer-bits", *types] if types and types_pass_on(types, config.eval_layers) else []
+    return shlex.join(words + (["--compat"] if config.compat else []))
 
 
 # ------------------------------------------------------------------------------------------------------ dry run

@@ -46,6 +46,8 @@ class SearchLoop(ChildLoop):
     its accuracy.
     """
 
+    later_columns = ("controller_loss", "entropy", "reward", "baseline", "sample_top1")
+
     def __init__(
         self,
         child: nn.Module,

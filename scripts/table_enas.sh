@@ -4,10 +4,12 @@
 # ENAS over quantised cells (enas/): for binary, ternary, 4-bit and full-precision layers a search and the training of
 # what it found, on MNIST and on CIFAR-10. The public ENAS-QNN project gives no accuracy of a trained network to compare.
 #
-#   bash scripts/table_enas.sh [--size paper|quickstart|smoke] [--seeds 0 1 2] [--data DIR] [--jobs N] [--only JOB ...]
-#                              [--out DIR] [--results DIR] [--dry-run]
+#   bash scripts/table_enas.sh [--size paper|hour|quickstart|smoke] [--seeds 0 1 2] [--data DIR] [--jobs N]
+#                              [--only JOB ...] [--out DIR] [--results DIR] [--dry-run]
 #
-#   --size SIZE    paper (default): the project's own epochs, GPU days; the others are small, on scikit-learn's digits
+#   --size SIZE    paper (default): the project's own epochs, GPU days (CIFAR-10 trained for 150: its 5 end within the first
+#                  period of the cosine); hour: the same data at 16 pixels, about an hour of one CPU core for a search with
+#                  its training; quickstart, smoke: on scikit-learn's digits
 #   --seeds LIST   seeds of everything random (default 0 1 2)
 #   --data DIR     where MNIST and CIFAR-10 lie, or are downloaded to
 #   --jobs N       processes at a time (default 1)

@@ -170,7 +170,7 @@ def test_enas_step(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     said = run(root, "enas_step.py", "--smoke", "--json", str(output))
     result = json.loads(output.read_text())
-    assert result["child_ratio"] > 0 and f"ratio {result['child_ratio']:.2f}" in said
+    assert result["child_ratio"] > 0 and f"| {result['child_ratio']:.2f} |" in said
     assert {len(side["runs"]) for side in (*result["child"].values(), *result["controller"].values())} == {1}
 
 

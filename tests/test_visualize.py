@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -91,6 +92,15 @@ def test_file_and_run_folder(here: Path) -> None:
     assert "own" in Path("mine.svg").read_text()
     assert run("mine.json", "--wbits", "8", "--abits", "3", "--format", "svg") == 0
     assert "w8" in Path("mine.svg").read_text()
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 32])
+def test_an_architecture_written_out_gets_a_short_name(here: Path, blocks: int) -> None:
+    numbers = " ".join(["0 2 1 4"] * blocks)
+    assert run(f"[{numbers}]  # normal\n[{numbers}]  # reduction", "--format", "svg") == 0
+    assert run(f"{numbers}  {numbers}", "--format", "svg") == 0
+    (picture,) = here.glob("*.svg")  # the same cells, the same file
+    assert re.fullmatch(r"enas-[0-9a-f]{8}\.svg", picture.name) and "avg_pool_3x3" in picture.read_text()
 
 
 def test_broken_targets_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,11 +24,13 @@ class Order:
         seed: int,
         name: str,
         drop_last: bool = True,
+        fill_last: bool = False,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         """indices: int64 [N], the images to draw from. drop_last: leave out the last incomplete batch of an epoch
         (another one each epoch, since the order changes); fewer images than one batch then fill it by starting over.
+        fill_last: fill that batch too, with images of a second order, in place of leaving it out.
 
         Raises ValueError for an empty stream and for a batch size below 1.
         """
@@ -37,11 +39,13 @@ class Order:
         if len(indices) == 0:
             raise ValueError(f"the {name} stream has no images: give another split (--train-portion)")
         assert 0 <= rank < ranks and (drop_last or ranks == 1), "ranks share whole batches"
+        assert drop_last or not fill_last, "a last batch is kept as it is, or filled"
         self.indices, self.batch_size, self.seed, self.name = indices, batch_size, seed, name
         self._rank, self._ranks = rank, ranks
         count, together = len(indices), batch_size * ranks
         short = drop_last and count < together
-        self.length = together if short else count // together * together if drop_last else count
+        whole, filled = max(count // together, 1) * together, -(-count // together) * together
+        self.length = filled if fill_last else whole if drop_last else count
         self.steps: int = -(-self.length // together)
         self.notes: tuple[str, ...] = ()
         if short:

@@ -71,13 +71,15 @@ class StreamedSplit(ABC):
         augment: bool,
         cutout: int | None = None,
         drop_last: bool = True,
+        fill_last: bool = False,
         device: torch.device | str = "cpu",
         rank: int = 0,
         ranks: int = 1,
     ) -> StreamedBatches:
         """The training stream; arguments as of `streams.Stream`."""
         picked = torch.arange(len(self)) if indices is None else indices.cpu()
-        order = Order(picked, batch_size=batch_size, seed=seed, name=name, drop_last=drop_last, rank=rank, ranks=ranks)
+        how = {"batch_size": batch_size, "drop_last": drop_last, "fill_last": fill_last, "rank": rank, "ranks": ranks}
+        order = Order(picked, seed=seed, name=name, **how)
         reader = self.training(order, info, augment)
         batches = StreamedBatches(order, info, reader, torch.device(device), cutout or 0, self.reuses_buffers)
         if augment and not self.reproducible:

@@ -47,6 +47,7 @@ class Stream:
         augment: bool,
         cutout: int | None = None,
         drop_last: bool = True,
+        fill_last: bool = False,
         device: torch.device | str = "cpu",
         rank: int = 0,
         ranks: int = 1,
@@ -55,7 +56,8 @@ class Stream:
 
         cutout: side of the square, in pixels (None or 0: off), also without `augment`. drop_last: leave out the last
         incomplete batch of an epoch (another one each epoch, since the order changes); fewer images than one batch
-        then fill it by starting over. rank of ranks: the processes that share an epoch; a step takes `ranks` batches of
+        then fill it by starting over. fill_last: fill that batch too with images of a second order, in place of
+        leaving it out. rank of ranks: the processes that share an epoch; a step takes `ranks` batches of
         the one order, the first for rank 0, so that together they see what one process sees at `ranks` x batch_size.
         Raises ValueError for a batch size or cutout below its least value.
         """
@@ -63,7 +65,14 @@ class Stream:
             raise ValueError(f"--cutout-length {cutout}: must be 0 (off) or more pixels")
         picked = torch.arange(len(split)) if indices is None else indices.cpu()
         self._order = Order(
-            picked, batch_size=batch_size, seed=seed, name=name, drop_last=drop_last, rank=rank, ranks=ranks
+            picked,
+            batch_size=batch_size,
+            seed=seed,
+            name=name,
+            drop_last=drop_last,
+            fill_last=fill_last,
+            rank=rank,
+            ranks=ranks,
         )
         self._split, self._info, self._device = split.to(device), info, device
         self._augment, self._cutout = augment, cutout or 0

@@ -346,7 +346,8 @@ class MicroNetwork(nn.Module):
         for index, cell in enumerate(self.cells):
             inputs = (before_last, last, self.dropping(index))
             before_last = last
-            last = recomputed(cell, *inputs, random=inputs[2] is not None) if self.checkpoint_cells else cell(*inputs)
+            # paths may be dropped, and the signs of `stochastic` layers are drawn
+            last = recomputed(cell, *inputs, random=True) if self.checkpoint_cells else cell(*inputs)
             if index == self.auxiliary_index and self.auxiliary_head is not None and self.training:
                 auxiliary = self.auxiliary_head(last)
         pooled = F.dropout(self.last(last).mean((2, 3)), self.dropout, self.training)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows as a picture: accuracy against cost with 95% intervals, and the line of rows that no other row beats.
 
-Colours follow Okabe and Ito (2008) without their yellow, and each method has a mark of its own, so that the picture
-can be read without colour. Every point carries its name; the names are placed so that they cover nothing.
+Each method has a mark of its own beside its colour, so that the picture can be read without. Every point carries its
+name; the names are placed so that they cover nothing.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.recipes.paint import COLOURS, FAINT, FORMATS, INK, REFERENCE, canvas, saved
 from common.recipes.rows import SIZES, Row, data_of, differences, folders_apart, length_of, size_differences, usual_size
 
 if TYPE_CHECKING:
@@ -28,12 +28,8 @@ COSTS = {
     "weight_bytes": ("memory of the weights", "B"),
 }
 """What the cost axis can show: name in result.json -> title and unit; the first is the default."""
-FORMATS = ("svg", "png", "pdf")
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKS = ("o", "s", "^", "v", "P", "X")
-_INK, _FAINT, _REFERENCE = "#1F2937", "#9AA5B4", "#4B5563"
-_PIXELS = 100  # per inch, while names are placed
 
 
 @dataclass(frozen=True)
@@ -91,24 +87,14 @@ def draw_pareto(rows: Sequence[Row], cost: str, form: str) -> tuple[bytes, list[
     cannot be compared because the data differ.
     """
     points, left_out = _points(rows, cost)
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "pareto", "font.family": ["DejaVu Sans"], "pdf.fonttype": 42}
-    with matplotlib.rc_context(settings | {"font.size": 9}):
-        figure = Figure(figsize=(8.0, 5.2), dpi=_PIXELS, layout="constrained")
-        FigureCanvasAgg(figure)
+    with canvas(8.0, 5.2) as figure:
         axes = figure.add_subplot()
         _frame(axes, points, cost, [row for row in rows if row.trained])
         figure.draw_without_rendering()  # the axes have their place only then
         lines = _paint(axes, points)
         figure.draw_without_rendering()  # sizes of texts are known only then
         _place_names(axes, points, lines)
-        buffer = io.BytesIO()
-        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}[form]
-        figure.savefig(buffer, format=form, dpi=2 * _PIXELS if form == "png" else _PIXELS, metadata=metadata)
-    return buffer.getvalue(), left_out
+        return saved(figure, form), left_out
 
 
 def _points(rows: Sequence[Row], cost: str) -> tuple[list[Point], list[str]]:
@@ -198,11 +184,11 @@ def _frame(axes: Axes, points: Sequence[Point], cost: str, rows: Sequence[Row]) 
     axes.grid(True, which="major", color="#EDEFF2", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(which="both", color=_FAINT, labelcolor=_INK)
-    axes.set_xlabel(f"{title} (log scale)", color=_INK)
-    axes.set_ylabel("test accuracy, %", color=_INK)
-    axes.set_title(_title(points, rows), loc="left", fontsize=8, color=_INK)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(which="both", color=FAINT, labelcolor=INK)
+    axes.set_xlabel(f"{title} (log scale)", color=INK)
+    axes.set_ylabel("test accuracy, %", color=INK)
+    axes.set_title(_title(points, rows), loc="left", fontsize=8, color=INK)
 
 
 def _title(points: Sequence[Point], rows: Sequence[Row]) -> str:
@@ -243,12 +229,12 @@ def _paint(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
     for point in points:
         if point.reference:
             highest[point.length] = max(point.accuracy, highest.get(point.length, 0.0))
-    style = {"color": _REFERENCE, "linewidth": 0.9, "linestyle": (0, (1, 3)), "zorder": 1}
+    style = {"color": REFERENCE, "linewidth": 0.9, "linestyle": (0, (1, 3)), "zorder": 1}
     lines += [axes.axhline(height, **style) for height in highest.values()]
     floor = axes.get_ylim()[0]
     stacked = _stacked(axes.transData.transform([(point.cost, max(point.accuracy, floor)) for point in points]))
     for index, point in enumerate(points):
-        colour = _REFERENCE if point.reference else _COLOURS[point.method % len(_COLOURS)]
+        colour = REFERENCE if point.reference else COLOURS[point.method % len(COLOURS)]
         fill = colour if index in front else "white"
         if point.accuracy >= floor:
             ends = [[point.accuracy - max(point.low, 0.0)], [min(point.high, 100.0) - point.accuracy]]
@@ -302,7 +288,7 @@ def _place_names(axes: Axes, points: Sequence[Point], lines: Sequence[Line2D]) -
     for index in sorted(range(len(points)), key=lambda i: -points[i].accuracy):
         point, place = points[index], places[index]
         name = point.name if point.accuracy >= floor else f"{point.name}: {point.accuracy:.1f}%"
-        text = axes.text(0, 0, name, fontsize=8, color=_INK, zorder=4, va="bottom", bbox=ground)
+        text = axes.text(0, 0, name, fontsize=8, color=INK, zorder=4, va="bottom", bbox=ground)
         extent = text.get_window_extent(renderer)
         others = places[np.linalg.norm(places - place, axis=1) > 8]  # a mark on the same spot cannot be told apart
         box = _free_place(place, others, np.array([extent.width, extent.height]), np.array(frame.extents), hard, soft)
@@ -310,7 +296,7 @@ def _place_names(axes: Axes, points: Sequence[Point], lines: Sequence[Line2D]) -
         text.set_position(to_data(box[:2]))
         end = np.clip(place, box[:2], box[2:])
         if math.dist(place, end) > 16:  # too far to be clear without a line
-            axes.plot(*to_data([place, end]).T, color=_FAINT, linewidth=0.7, zorder=1.5)
+            axes.plot(*to_data([place, end]).T, color=FAINT, linewidth=0.7, zorder=1.5)
 
 
 def _along(corners: ndarray) -> ndarray:

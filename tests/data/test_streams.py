@@ -84,6 +84,17 @@ def test_an_epoch_holds_each_image_at_most_once(drop_last: bool, steps: int, see
     assert len(labels) == seen == len(labels.unique())
 
 
+def test_a_filled_last_batch_begins_a_second_order() -> None:
+    source = stream(fill_last=True)
+    assert source.steps_per_epoch == 7 and source.notes == ()
+    batches = list(epoch_of(source, 1))
+    assert {len(y) for _, y in batches} == {8}
+    counts = torch.bincount(torch.cat([y for _, y in batches]), minlength=50)
+    assert counts.sum() == 56 and counts.min() == 1 and counts.max() == 2
+    dropped = epoch_of(stream(), 1)  # the order before it is what it is without
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(batches, dropped, strict=False))
+
+
 def test_indices_choose_the_part() -> None:
     part = torch.arange(1, 50, 2)
     source = stream(indices=part, drop_last=False)

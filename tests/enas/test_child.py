@@ -34,6 +34,7 @@ def test_parameters(oracle: Any, name: str, layers: int, blocks: int, channels: 
     head = sum(p.numel() for p in child.auxiliary_head.parameters())
     assert head == truth["aux"]
     assert sum(p.numel() for p in child.parameters()) - head == truth["trainable_no_aux"]
+    assert sum(tables(child).values()) == truth["n_tensors"]  # the head's among them
 
 
 def tables(child: SharedChild) -> Counter[tuple[int, ...]]:
@@ -94,9 +95,13 @@ def test_forward_and_gradients(oracle: Any) -> None:
     total = main + 0.4 * side
     assert total.item() == pytest.approx(truth["total_main_plus_0.4aux"], abs=1e-8)
     total.backward()
+    assert main.float().item() == pytest.approx(truth["tf_losses_hinge_loss_f32"], abs=1e-6)
+    assert parse_cells(truth["arc"]) == CELLS
     trunk = [p for name, p in child.named_parameters() if not name.startswith("auxiliary_head.")]
     norm = torch.cat([p.grad.flatten() for p in trunk if p.grad is not None]).norm().item()
     assert norm == pytest.approx(truth["grad_global_norm_no_aux_vars"], rel=1e-10)
+    child.auxiliary_head = None
+    assert sum(tables(child).values()) == truth["n_tensors_no_aux"]
     stem = child.stem[0].weight.grad.permute(2, 3, 1, 0).flatten()[:5]
     torch.testing.assert_close(stem.tolist(), truth["stem_w_grad_first5_HWIO"], atol=1e-8, rtol=0)
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import csv
 import re
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +16,12 @@ import torch
 from common.data import Stream
 from common.engine import CheckpointStore, read_json
 from common.engine.guard import NonFiniteError
-from enas.flags import CIFAR_ARC, MNIST_ARC, make_parser, resolve
-from enas.recipe import run_search, run_training
+from common.engine.seeding import derive
+from common.nets import parse_cells
+from common.nets.enas_space import build_micro_network
+from enas.flags import CIFAR_ARC, MNIST_ARC, make_parser, resolve, types_pass_on
+from enas.loop import ChildLoop, ChildSettings
+from enas.recipe import evaluation_size, run_search, run_training, train_command
 from tests.helpers.enas_fill import README_ARC
 
 TINY = ["--preset", "smoke", "--blocks", "2", "--no-tensorboard", "--device", "cpu"]
@@ -101,6 +108,7 @@ def test_the_sources_spellings() -> None:
         ("search", ["--image-size", "20"], "--image-size: 20"),
         ("search", ["--reward", "accuracy-bitops"], "add --target-bitops"),
         ("search", ["--target-bitops", "1G"], "--reward accuracy-bitops"),
+        ("search", ["--val-fraction", "0"], "--val-fraction: the controller's rewards need"),
         ("search", ["--compile"], "--compile: architectures change"),
         ("search", ["--controller-lrr", "1"], "did you mean --controller-lr"),
     ],
@@ -112,6 +120,14 @@ def test_refused_before_any_work(
         config(stage, "--dataset", "cifar10", *flags)
     assert caught.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_flags_of_the_other_program_are_accepted() -> None:
+    """specs of the source list them for both of its programs."""
+    text = "--controller_lr .001 --controller_tanh_constant 1.5 --controller_training False --controller_train_steps 50"
+    assert config("train", "--dataset", "mnist", *text.split(), "--child_num_cells", "5").layers == 6
+    text = "--child_drop_path_keep_prob 1.0 --child_fixed_arc None --n_aug_img 1"
+    assert config("search", "--dataset", "mnist", *text.split()).layers == 2
 
 
 # ------------------------------------------------------------------------------------------------------ the log
@@ -156,7 +172,9 @@ def test_lines_of_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines.index("Epoch 1: Training controller") < lines.index("Here are 10 architectures") < at
     flag = next(line for line in lines if line.startswith("blocks."))
     assert len(flag) == 80 and flag.endswith(".2")
-    assert any(re.fullmatch(r"Model has \d+ params", line) for line in lines)
+    model = state_of(tmp_path / "run")["model"]
+    trunk = sum(value.numel() for name, value in model.items() if not name.startswith("auxiliary_head."))
+    assert len(model) > 0 and f"Model has {trunk} params" in lines  # as in the source, without the auxiliary head
 
 
 # ------------------------------------------------------------------------------------------------------ resuming
@@ -208,12 +226,27 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, step: int) 
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("step", [3])
+def test_a_controller_that_is_trained_now_and_then(tmp_path: Path) -> None:
+    flags = [*QUIET, "--epochs", "3", "--controller_train_every", "2", "--checkpoint-minutes", "1e-9"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_search(config("search", *flags, "--save", str(whole)))
+    with pytest.raises(Stopped):
+        run_search(config("search", *flags, "--save", str(cut)), on_step=stop_at(7))  # its updates go to the next epoch
+    run_search(config("search", *flags, "--save", str(cut), "--resume", "auto"))
+    assert_same(state_of(whole), state_of(cut))
+    assert state_of(whole)["updates"] == 2
+    with (cut / "metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["entropy"] != "" for row in rows] == [False, True, False]
+    assert all(float(row["images_per_second"] or 0) >= 0 for row in rows)
+
+
+@pytest.mark.parametrize(("step", "types"), [(3, ["ternary"]), (2, ["stochastic"])])
 def test_a_step_that_is_not_finite_stops_the_run(
-    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, step: int, types: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state that is saved is the one before that step; a healthy machine goes on from it as if nothing was."""
-    flags = [*QUIET, "--log-every", "100", "--save"]
+    flags = [*QUIET, "--log-every", "100", "--layer-bits", *types, "--save"]
     run_search(config("search", *flags, str(tmp_path / "whole")))
     plain = Stream.batch
 
@@ -240,7 +273,54 @@ def test_seeds_decide(tmp_path: Path) -> None:
     assert results[0] != results[1]
 
 
+def test_types_of_layers_pass_on_where_they_fit() -> None:
+    four = ["--layer-bits", "4", "ternary", "binary", "8"]
+    assert types_pass_on(["binary"], 9) and types_pass_on(four[1:], 1) and not types_pass_on(four[1:], 2)
+    for layers, expected in (("1", four[1:]), ("2", None)):
+        found = config("search", *TINY, *four, "--eval-layers", layers)
+        data = SimpleNamespace(info=SimpleNamespace(channels=1, num_classes=10, image_size=8))
+        assert evaluation_size(found, data).layer_bits == expected
+        words = shlex.split(train_command(found, SimpleNamespace(folder=Path("a folder"))))
+        assert words[words.index("--arch") + 1] == "a folder"
+        assert (words[words.index("--layer-bits") + 1 :] if expected else None) == expected
+
+
 # ------------------------------------------------------------------------------------------------------ what is learned
+
+
+def test_a_step_is_what_the_formulas_say() -> None:
+    """Loss with auxiliary head and squares, clipping by the norm, Adam, bounds: against each written out in float64."""
+    torch.manual_seed(0)
+    cells = parse_cells(ARC)
+    network = build_micro_network(
+        cells, in_channels=1, out_filters=2, layers=1, image_size=8, layer_bits=["float"], auxiliary=True
+    ).double()
+    x, y = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
+    one = SimpleNamespace(steps_per_epoch=4, batch=lambda epoch, step: (x, y))
+    settings = ChildSettings(epochs=2, rate_max=0.1, grad_bound=0.3, l2=0.01, drop_path=0.4, loss="squared-hinge")
+    loop = ChildLoop(network, stream=one, settings=settings, num_classes=10, evaluations=[], run=SimpleNamespace())
+    loop.protect()
+    network.train()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    loop.forward = lambda x, cells: network(x)  # in float64
+    loop.epoch, loop.position = 1, 2
+    loop.one_step()
+    after = {name: p.detach().clone() for name, p in network.named_parameters()}
+    assert network.drop_path_probability == pytest.approx(0.4 * 7 / 8)  # the seventh of eight steps
+
+    network.load_state_dict(before, strict=False)
+    network.zero_grad()
+    torch.manual_seed(derive(0, "enas", "step", 1, 2))
+    targets = 2.0 * torch.nn.functional.one_hot(y, 10) - 1
+    main, side = ((1 - targets * logits).clamp_min(0).square().mean() for logits in network(x))
+    (main + 0.4 * side + 0.01 * sum((p**2).sum() for p in network.parameters())).backward()
+    norm = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
+    assert norm > 0.3
+    for name, p in network.named_parameters():
+        gradient = p.grad * 0.3 / (norm + 1e-6)
+        rate = 0.1 * 0.001**0.5
+        expected = before[name] - rate * gradient / ((0.001 * gradient**2).sqrt() + 1e-3)
+        torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-9)
 
 
 def test_latent_weights_stay_in_their_range(tmp_path: Path) -> None:

@@ -265,7 +265,12 @@ def test_forward_and_gradients(oracle: Any) -> None:
     main, side = source_hinge(logits, LABELS), source_hinge(auxiliary, LABELS)
     assert main.item() == pytest.approx(truth["hinge_main"], abs=1e-8)
     assert side.item() == pytest.approx(truth["hinge_aux"], abs=1e-8)
-    (main + 0.4 * side).backward()
+    total = main + 0.4 * side
+    assert total.item() == pytest.approx(truth["total_main_plus_0.4aux"], abs=1e-8)
+    assert main.float().item() == pytest.approx(truth["tf_losses_hinge_loss_f32"], abs=1e-6)
+    assert parse_cells(truth["arc"]) == CELLS
+    total.backward()
+    assert sum(p.grad is None for p in network.parameters()) == truth["n_vars_without_grad"]
     trunk = [p for name, p in network.named_parameters() if not name.startswith("auxiliary_head.")]
     assert len(trunk) == truth["n_tensors_no_aux"]
     norm = torch.cat([p.grad.flatten() for p in trunk]).norm().item()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.nets import build_network, build_supernet, load_architecture
+from common.nets import build_network, build_supernet, load_architecture, parse_cells
+from common.nets.enas_space import build_micro_network
 from common.quant.kernels import disabled
 from tests.helpers.saved import saved_bytes
 
@@ -27,6 +28,13 @@ def supernet(method: str, bits: tuple[int, ...] | None) -> nn.Module:
 
 CASES = {
     "network": lambda: evaluation_network(),
+    "enas": lambda: build_micro_network(  # draws signs, too
+        parse_cells("0 2 1 4 1 0 2 1  1 3 1 4 0 1 1 1"),
+        out_filters=4,
+        layers=1,
+        image_size=16,
+        layer_bits=["stochastic"],
+    ),
     "network 4, 8 bits": lambda: evaluation_network((4, 8)),
     "pc-darts": lambda: supernet("pc-darts", None),
     "pc-darts 2, 4": lambda: supernet("pc-darts", (2, 4)),
