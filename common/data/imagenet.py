@@ -100,7 +100,7 @@ class FileSplit(StreamedSplit):
 
     def testing(self, indices: Tensor, info: DatasetInfo, batch_size: int) -> Iterator[Batch]:
         """The centre of each image once."""
-        wanted = ([(index, None) for index in part.tolist()] for part in indices.split(batch_size))
+        wanted = ([(index, None) for index in part.tolist()] for part in indices.split(batch_size) if len(part))
         return self._decoded(wanted, info.image_size)
 
     def _decoded(self, wanted: Iterator[list[tuple[int, Draw | None]]], size: int) -> Iterator[Batch]:

@@ -23,6 +23,7 @@ from common.engine import distributed
 from common.engine.cli import Config
 from common.engine.memory import SavedBytes
 from common.engine.progress import duration
+from common.engine.protocols import BatchStream
 from common.engine.search_loop import SearchLoop
 from common.engine.train_loop import TrainSettings, train
 from common.quant.kernels import disabled
@@ -131,11 +132,11 @@ def _second(model: nn.Module, step: Callable[[], Any]) -> StepPlan:
 
 
 def plan_training(
-    config: Config, prepare: Callable[[], tuple[nn.Module, DatasetInfo, int, TrainSettings, dict[str, Any]]]
+    config: Config, prepare: Callable[[], tuple[nn.Module, DatasetInfo, BatchStream, TrainSettings, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Plan a training. `prepare` gives network, what its data are, steps of an epoch, settings, arguments."""
+    """Plan a training. `prepare` gives what `common.recipes.train.loop_of` gives."""
     with _as_planned(config):
-        network, info, steps, settings, arguments = prepare()
+        network, info, real, settings, arguments = prepare()
         stream, seen = _Planned(_batches(config, info)), []
         once = replace(settings, epochs=1, warmup_epochs=0, select="last")
         with distributed.counted() as traffic, SavedBytes(network).counting() as saved:
@@ -144,7 +145,7 @@ def plan_training(
         first, second = seen
         weight = StepPlan(second[0] - first[0], second[1] - first[1], saved.peak // PLANNED_IMAGES)
         static = _bytes(network.parameters(), 3) + _bytes(network.buffers(), 2)
-        plan = _plan(config, steps, weight=weight, arch=None, arch_steps=0, static=static)
+        plan = _plan(config, real.steps_per_epoch, weight=weight, arch=None, arch_steps=0, static=static)
     return _deliver(plan, config)
 
 

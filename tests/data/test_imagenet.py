@@ -104,6 +104,12 @@ def test_evaluation_takes_every_image_once_whatever_the_ranks(folder: Path, rank
             assert torch.equal(x, images) and torch.equal(y, labels)
 
 
+def test_a_rank_without_images_has_no_batch(folder: Path) -> None:
+    """Of fewer batches than ranks, some ranks have none: not an empty one, which no network takes."""
+    data = opened(folder)
+    assert not list(evaluation_batches(data.test, data.info, 64, "cpu", rank=1, ranks=2))
+
+
 def test_batches_do_not_depend_on_the_workers_nor_on_what_was_asked_before(folder: Path) -> None:
     data = opened(folder, workers=0)
     first = stream(data)

@@ -20,7 +20,7 @@ from common.recipes.flags import resolve_search, resolve_training, search_parser
 from common.recipes.plan import Plan, StepPlan, modelled, pretended, silent_run
 from common.recipes.search import run_search
 from common.recipes.search_setup import prepare_search
-from common.recipes.train import _planned, _streams, prepare, run_training
+from common.recipes.train import loop_of, prepare, run_training
 from tests.helpers.programs import python
 from tests.helpers.ranks import on_ranks
 
@@ -94,11 +94,9 @@ def test_a_training_sends_what_its_plan_says(flags: list[str], capsys: pytest.Ca
     found = run_training(training(*planned(*flags)), method="qdarts")
 
     def work() -> list[int]:
-        prepared = prepare(training(*flags))
-        network, _, _, settings, arguments = _planned(prepared.config)
+        network, _, stream, settings, arguments = loop_of(prepare(training(*flags)))
         seen = [[]]
         with Sent() as sent:
-            stream = _streams(prepared)[0]
             note = lambda step: seen.append(list(sent.total))  # noqa: E731
             train(network, stream=stream, settings=settings, run=silent_run(), on_step=note, **arguments)
         # the second step: with the first, ranges are set and signals asked about
