@@ -223,3 +223,18 @@ def test_every_program_runs_under_torchrun(root: Path, tmp_path: Path, method: s
     found = json.loads(done.stdout)  # printed once
     wanted = json.loads((trained / "result.json").read_text())["metrics"]
     assert (found["correct"], found["loss"]) == (wanted["test_correct"], wanted["test_loss"])
+
+
+def test_the_wrapper_that_setup_writes(root: Path, tmp_path: Path) -> None:
+    """Where .venv reuses another Python's torch, that one's torchrun would start the other Python."""
+    text = (root / "scripts" / "setup.sh").read_text()
+    block = re.search(r'if \[ ! -e "\$VENV/bin/torchrun" \]; then\n.*?\nfi\n', text, re.DOTALL)
+    assert block is not None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    subprocess.run(["bash", "-ec", block[0]], env={**os.environ, "VENV": str(tmp_path)}, check=True)
+    words = ["--nproc_per_node=2", "a program.py", "--save", "run"]
+    found = subprocess.run([tmp_path / "bin" / "torchrun", *words], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["-m", "torch.distributed.run", *words]
+    assert len((tmp_path / "bin" / "torchrun").read_text().splitlines()) == 2
