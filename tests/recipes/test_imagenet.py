@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from common.data import sample_parts
-from common.data.ffcv import why_missing
 from common.engine import load_state
 from common.engine.cli import Config
 from common.recipes import flags as recipe_flags
@@ -20,7 +20,7 @@ from common.recipes.search import run_search
 from common.recipes.train import run_training
 from tests.helpers.photographs import make_folder
 
-FFCV = pytest.mark.skipif(why_missing() is not None, reason=f"ffcv: {why_missing()}; bash scripts/install_ffcv.sh")
+FFCV = pytest.mark.skipif(find_spec("ffcv") is None, reason="ffcv is not installed: bash scripts/install_ffcv.sh")
 SMALL = ["--preset", "smoke", "--image-size", "64", "--stem", "imagenet", "--device", "cpu", "--no-tensorboard"]
 
 
