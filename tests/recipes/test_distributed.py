@@ -195,7 +195,7 @@ PROGRAMS = {
         ["qdarts/train.py", *TINY, "--arch", "0", "--sync-bn", "--grad-accumulation", "2"],
     ],
     "darts": [["darts/search.py", *TINY, "--track-eigenvalue"], ["darts/train.py", *TINY, "--arch", "0"]],
-    "fbqat": [["fbqat/search.py", *TINY], ["fbqat/train.py", *TINY, "--arch", "0"]],
+    "fbqat": [["fbqat/search.py", *TINY], ["fbqat/train.py", *TINY, "--arch", "0", "--fixed-bit", "4"]],
     "ptq": [
         ["ptq/search.py", *TINY],
         ["ptq/train.py", *TINY, "--arch", "0"],
