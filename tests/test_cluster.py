@@ -299,7 +299,7 @@ def test_an_array_shares_one_plan(sandbox: Sandbox, tmp_path: Path, slurm: Path)
         assert fake_slurm.state(slurm, job) == "COMPLETED"
     notes = sandbox.notes()
     assert notes.count("a interrupted") == 1, "stopped once, by its worker's signal"
-    # a job that has just ended may be started again before its worker has noted that: real ones say they are finished
+    # between the end of a process and the note of it lies a moment in which another worker may start the job again
     assert {f"{name} end" for name in "abcd"} <= set(notes) and len(notes) <= 13
     last = len(notes) - 1 - notes[::-1].index("d start")
     assert last > notes.index("a end")
