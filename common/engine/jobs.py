@@ -138,8 +138,8 @@ class LocalExecutor:
     a killed one still runs does not start the job a second time. This process holds it too, until it has heard of the
     end: other sweeps in the same folder must not find a job that has ended and is not noted yet.
 
-    `threads`: CPU threads of each process, unless the environment says OMP_NUM_THREADS already. `launch`: command -> the
-    words to start.
+    `threads`: CPU threads of each process, unless the environment says OMP_NUM_THREADS already. `launch`: command ->
+    the words to start.
     """
 
     def __init__(self, threads: int | None = None, launch: Callable[[Sequence[str]], list[str]] | None = None) -> None:
