@@ -85,8 +85,8 @@ def test_a_search_sends_what_its_plan_says(flags: list[str], capsys: pytest.Capt
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--wbits", "4", "--abits", "8"], marks=pytest.mark.slow),
-        ["--sync-bn", "--grad-accumulation", "2"],
+        ["--wbits", "4", "--abits", "8"],
+        pytest.param(["--sync-bn", "--grad-accumulation", "2"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
