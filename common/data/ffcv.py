@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -205,6 +206,8 @@ def _epoch_class(parts: SimpleNamespace) -> type:
                         continue
 
         def run_pipeline(self, b_ix: int, batch_indices: np.ndarray, batch_slot: int, cuda_event: Any) -> Any:
+            if self.terminate_event.is_set():
+                raise StopIteration  # ffcv's thread looks for itself only where its queue is full
             if b_ix == 0:
                 torch.set_num_threads(self._threads)
             result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
@@ -254,12 +257,14 @@ def load_ffcv(request: Request) -> ImageData:
     (train, test), (train_names, test_names) = found.values(), names.values()
     if None not in (train_names, test_names) and train_names != test_names:
         raise ValueError(f"--valfile {request.valfile}: has other classes than {request.trainfile}; write both again")
-    count = int(train.max()) + 1
-    if int(test.max()) >= count:
-        raise ValueError(f"--valfile {request.valfile}: has class {int(test.max())}, {request.trainfile} has {count}")
-    classes = train_names or test_names or [str(number) for number in range(count)]
+    classes = train_names or test_names or [str(number) for number in range(int(train.max()) + 1)]
+    count = len(classes)
+    for flag, labels in found.items():
+        if int(labels.max()) >= count:
+            named = f"{files[flag]}.json names" if train_names or test_names else f"{request.trainfile} has"
+            raise ValueError(f"{flag} {files[flag]}: has class {int(labels.max())}, {named} {count}; write both again")
     request.say(f"{len(train):,} + {len(test):,} images of {count} classes in {request.trainfile}, {request.valfile}")
-    info = imagenet_info(classes[:count], request.image_size)
+    info = imagenet_info(classes, request.image_size)
     splits = (
         FfcvSplit(path, labels, request.workers) for path, labels in zip(files.values(), found.values(), strict=True)
     )
@@ -515,6 +520,9 @@ def _watched_processes(out: Path) -> Iterator[None]:
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
+    # A script's background job ignores the signal that the watcher sends.
+    ours = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if ours else None
     watcher.start()
     try:
         yield
@@ -527,3 +535,5 @@ def _watched_processes(out: Path) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+        if ours:
+            signal.signal(signal.SIGINT, handler)

@@ -233,5 +233,5 @@ def _describe(prepared: PreparedSearch) -> str:
 def stream_notes(loop: dict[str, Any]) -> list[str]:
     """What a search's streams have to tell, each thing once."""
     streams = (loop[key] for key in ("train_stream", "valid_stream"))
-    notes = (getattr(s, "notes", getattr(getattr(s, "stream", s), "notes", ())) for s in streams)
+    notes = (getattr(stream, "notes", ()) for stream in streams)
     return list(dict.fromkeys(note for several in notes for note in several))

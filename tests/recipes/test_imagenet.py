@@ -202,6 +202,20 @@ def test_a_training_on_ffcv_files_says_what_it_cannot_repeat(
         assert other["n"] == 9 and other["loss"] == pytest.approx(result["metrics"]["test_loss"], abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (["--trainfile", "t"], "--trainfile: tested is --valfile"),
+        (["--valfile", "v", "--data", "d"], "--data: the images are in one place; drop it or --valfile"),
+    ],
+)
+def test_evaluation_asks_for_the_right_images(places: list[str], said: str) -> None:
+    evaluation = program("evaluate")
+    with pytest.raises(ValueError, match=said):
+        evaluation.check_places(evaluation.parser().parse_args(["run", *places]))
+    evaluation.check_places(evaluation.parser().parse_args(["run", "--trainfile", "t", "--split", "val"]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["qdarts", "darts", "fbqat", "ptq", "qsubnet"])
 def test_every_method_searches_and_trains(folder: Path, tmp_path: Path, method: str) -> None:

@@ -168,6 +168,8 @@ def test_the_model_of_the_time() -> None:
         (["--plan", "--world-size", "5"], "cannot be shared out equally among 5"),
         (planned("--step-seconds", "1", "2", "3"), "--step-seconds"),
         (planned("--link-gbps", "0"), "--link-gbps"),
+        (planned("--resume", "auto"), "--resume: --plan starts no run"),
+        (planned("--save", "x"), "--save: --plan starts no run"),
     ],
 )
 def test_wrong_flags_are_refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
