@@ -60,6 +60,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         load_search_space(config.search_space)
     network, trained, info = load_trained(config.run, config.checkpoint)
     build, size = info["build"], info["data"]["image_size"]
+    check_places(config)
     own = config.dataset is None and config.data_module is None
     data = load_data(argparse.Namespace(**_data_flags(config, trained, own), image_size=size), _aside)
     for key, found in (("num_classes", data.info.num_classes), ("in_channels", data.info.channels)):
@@ -71,6 +72,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     if config.split == "val":
         if not own or not trained["val_fraction"]:
             raise ValueError("--split val: this run held nothing out of its training set; use --split test")
+        if config.valfile is not None and config.trainfile is None:
+            raise ValueError("--split val: is a part of the training images; give --trainfile, or neither file")
         split, indices = data.train, hold_out(data.train.labels, trained["val_fraction"], trained["seed"])[1]
     network.to(device)
     found = evaluate_split(network, split.to(device), data.info, trained["precision"], indices)
@@ -85,6 +88,15 @@ def evaluate(config: Config) -> dict[str, Any]:
         "cost": network_cost(network, size).to_json(),
         "per_class": [{"class": name, "n": n, "correct": correct} for name, (n, correct) in counts],
     }
+
+
+def check_places(config: Config) -> None:
+    """Raise ValueError where the flags name two places for the images, or the wrong file of the two."""
+    files = [flag for flag in ("trainfile", "valfile") if getattr(config, flag) is not None]
+    if files and config.data is not None:
+        raise ValueError(f"--data: the images are in one place; drop it or --{files[0]}")
+    if files == ["trainfile"] and config.split == "test":
+        raise ValueError("--trainfile: tested is --valfile; give that (or --split val for the held-out part)")
 
 
 def _aside(text: str) -> None:

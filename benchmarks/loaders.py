@@ -37,7 +37,7 @@ from common.data import ImageData, load, open_stream
 from common.data import ffcv as room
 from common.data.augment import Normalizer
 from common.data.folder import scan
-from common.data.streamed import IMAGENET_MEAN, IMAGENET_STD, RATIO, SCALE
+from common.data.streamed import IMAGENET_MEAN, IMAGENET_STD, PREPARED, RATIO, SCALE
 
 KINDS = {"jpg": 1.0, "proportion": 0.5, "raw": 0.0}
 Rounds = Callable[[], Iterator[int]]
@@ -100,7 +100,7 @@ def _sides(args: argparse.Namespace, root: Path, scratch: Path) -> tuple[dict[st
     epochs = -(-args.images // len(samples))
     settings = {"image_size": args.size, "workers": args.workers, "say": lambda text: None}
     sides = {"PIL": _pil(args, root / "train", epochs)}
-    sides["decode_jpeg"] = _ours(args, load("imagenet", root=root, **settings), epochs)
+    sides["decode_jpeg"] = _Ours(args, load("imagenet", root=root, **settings), epochs)
     missing = room.why_missing()
     if missing is not None:
         return sides, missing
@@ -111,7 +111,7 @@ def _sides(args: argparse.Namespace, root: Path, scratch: Path) -> tuple[dict[st
                 samples, out, classes=classes, max_resolution=args.max_resolution, compress_probability=share
             )
         sides[f"ffcv {kind}, plain"] = _plain(args, out, epochs)
-        sides[f"ffcv {kind}"] = _ours(args, load("imagenet", trainfile=out, valfile=out, **settings), epochs)
+        sides[f"ffcv {kind}"] = _Ours(args, load("imagenet", trainfile=out, valfile=out, **settings), epochs)
     return sides, None
 
 
@@ -133,17 +133,31 @@ def _pil(args: argparse.Namespace, folder: Path, epochs: int) -> Rounds:
     return rounds
 
 
-def _ours(args: argparse.Namespace, data: ImageData, epochs: int) -> Rounds:
-    names = itertools.count()
+class _Ours:
+    """Our stream in the middle of its work: what it has ready at the start is taken out before the clock runs."""
 
-    def rounds() -> Iterator[int]:
-        name = f"round {next(names)}"
-        stream = open_stream(data.train, data.info, batch_size=args.batch_size, seed=0, name=name, augment=True)
-        for number in range(epochs * stream.steps_per_epoch):
-            yield len(stream.batch(*divmod(number, stream.steps_per_epoch))[1])
-        stream.close()
+    def __init__(self, args: argparse.Namespace, data: ImageData, epochs: int) -> None:
+        self._args, self._data, self._epochs, self._names = args, data, epochs, itertools.count()
 
-    return rounds
+    def warm(self) -> None:
+        """Open a stream, and empty the queues that filled while it started."""
+        settings = {"batch_size": self._args.batch_size, "seed": 0, "name": f"round {next(self._names)}"}
+        self._stream = open_stream(self._data.train, self._data.info, augment=True, **settings)
+        self._number = 0
+        for _ in range(2 * PREPARED + 1):
+            self._take()
+
+    def _take(self) -> int:
+        count = len(self._stream.batch(*divmod(self._number, self._stream.steps_per_epoch))[1])
+        self._number += 1
+        return count
+
+    def __call__(self) -> Iterator[int]:
+        return (self._take() for _ in range(self._epochs * self._stream.steps_per_epoch))
+
+    def done(self) -> None:
+        """End the stream's threads."""
+        self._stream.close()
 
 
 def _plain(args: argparse.Namespace, file: Path, epochs: int) -> Rounds:
@@ -194,13 +208,18 @@ def _measure(sides: dict[str, Rounds], repeats: int) -> dict[str, dict[str, Any]
 
 def _once(rounds: Rounds) -> tuple[float, float]:
     """Images per second once the first batch is there, and per CPU second from before it."""
+    if isinstance(rounds, _Ours):
+        rounds.warm()
     cpu, batches = _cpu_seconds(), rounds()
     first = next(batches)
     start = time.perf_counter()
     count = sum(batches)
     seconds = time.perf_counter() - start
     del batches  # ends the workers: their CPU time is known from then on
-    return count / seconds, (first + count) / max(_cpu_seconds() - cpu, 1e-9)
+    used = _cpu_seconds() - cpu
+    if isinstance(rounds, _Ours):
+        rounds.done()
+    return count / seconds, (first + count) / max(used, 1e-9)
 
 
 def _cpu_seconds() -> float:

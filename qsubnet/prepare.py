@@ -14,7 +14,7 @@ from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import build_network, load_architecture
 from common.recipes.parts import Parts, parts_text, search_parts
-from common.recipes.search_setup import PreparedSearch, cost_term, target_controller
+from common.recipes.search_setup import PreparedSearch, cost_term, stream_notes, target_controller
 from common.recipes.setup import (
     lay_out,
     load_data,
@@ -126,4 +126,4 @@ def _describe(prepared: PreparedSearch) -> str:
     ]
     if config.target_bitops is not None:
         lines.append(f"target: {config.target_bitops / 1e9:.4g} G BitOps, within 10%")
-    return "\n".join(lines)
+    return "\n".join([*lines, *stream_notes(prepared.loop)])

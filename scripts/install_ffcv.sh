@@ -31,7 +31,7 @@ for argument in "$@"; do
     esac
 done
 
-python=${PYTHON-$ROOT/.venv/bin/python}
+python=${PYTHON:-$ROOT/.venv/bin/python}
 if [ -z "${PYTHON-}" ] && [ $plan_only = 0 ]; then bash "$ROOT/scripts/setup.sh"; fi
 state=missing
 if [ -x "$(command -v "$python" || true)" ] && works; then state=installed; fi
@@ -84,7 +84,7 @@ pip=("$python" -m pip --no-input --disable-pip-version-check)
 PKG_CONFIG_PATH=$build "${pip[@]}" wheel --quiet --no-deps --no-cache-dir --wheel-dir "$build/wheel" "ffcv==$VERSION" ||
     cannot "ffcv $VERSION does not build here (see above)"
 # What ffcv imports without declaring it comes with the project; numba and OpenCV's Python module do not.
-"${pip[@]}" install --quiet -r <(grep -v '^ffcv' "$ROOT/requirements-ffcv.txt") ||
+"${pip[@]}" install --quiet -r <(grep -v '^ffcv' "$ROOT/requirements-ffcv.txt") setuptools ||  # for its distutils
     cannot "numba and opencv-python-headless cannot be installed (see above)"
 "${pip[@]}" install --quiet --no-deps --force-reinstall "$build"/wheel/ffcv-*.whl || cannot "the wheel cannot be installed"
 works || { "$python" -c 'import ffcv.loader, ffcv.writer, ffcv.fields' || true; cannot "ffcv was built and does not import (see above)"; }

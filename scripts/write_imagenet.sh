@@ -23,7 +23,7 @@ if [ "${1-}" = -h ] || [ "${1-}" = --help ]; then sed -n '4,13s/^# \{0,1\}//p' "
 side=$1 share=$2 quality=$3
 shift 3
 
-python=${PYTHON-$ROOT/.venv/bin/python}
+python=${PYTHON:-$ROOT/.venv/bin/python}
 if [ -z "${PYTHON-}" ]; then bash "$ROOT/scripts/install_ffcv.sh"; fi
 imagenet=$(cd "$IMAGENET_DIR" && pwd -P) || die "IMAGENET_DIR=$IMAGENET_DIR is no folder"
 mkdir -p "$WRITE_DIR"

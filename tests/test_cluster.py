@@ -111,7 +111,8 @@ def test_a_failing_a_finished_and_a_new_job(sandbox: Sandbox) -> None:
     assert "seed 0: done before" in done.stdout and "3 of 4 jobs done" in done.stdout
     assert "failed: s0/failing (exit code 3;" in done.stdout and "printed by failing" in done.stdout
     notes = sandbox.notes()
-    assert notes.count("finished start") == 1 and notes.count("failing start") == 2 and notes[-1] == "later end"
+    assert notes.count("finished start") == 1 and notes.count("failing start") == 2
+    assert notes.index("new end") < notes.index("later start") < notes.index("later end")
     assert ids <= {path.name for path in (sandbox.out / ".sweep").glob("*.json")}
     assert (code(sandbox, "failing")["state"], code(sandbox, "failing")["attempts"]) == ("failed", 2)
     assert code(sandbox, "new")["state"] == "done"
@@ -161,6 +162,17 @@ def test_slurm_jobs_outlive_the_sweep_and_are_taken_up(sandbox: Sandbox, slurm: 
     assert "2 of 2 jobs done" in third.stdout
     asked = fake_slurm.options(slurm, "1001")
     assert (asked["time"], asked["partition"], asked["signal"]) == ("7", "night", "USR2@180")
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_refuses_a_job_is_quoted(sandbox: Sandbox, slurm: Path) -> None:
+    pytest.importorskip("submitit", reason=NEEDS_SUBMITIT)
+    (slurm / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: night' >&2\nexit 1\n")
+    sandbox.write({"name": "a"})
+    done = sandbox.run("--executor", "slurm", "--cluster", "slurm_partition=night")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the cluster refused a job" in done.stderr and "invalid partition: night" in done.stderr
+    assert not sandbox.notes()
 
 
 @pytest.mark.slow
@@ -287,8 +299,11 @@ def test_an_array_shares_one_plan(sandbox: Sandbox, tmp_path: Path, slurm: Path)
         fake_slurm.wait_for(slurm, job, count=1 + (job == mine), seconds=100)
         assert fake_slurm.state(slurm, job) == "COMPLETED"
     notes = sandbox.notes()
-    assert notes.count("a start") == 2 and notes.count("a interrupted") == 1, "stopped once, by its worker's signal"
-    assert [notes.count(f"{name} end") for name in "abc"] == [1, 1, 1] and notes.index("d start") > notes.index("a end")
+    assert notes.count("a interrupted") == 1, "stopped once, by its worker's signal"
+    # between the end of a process and the note of it lies a moment in which another worker may start the job again
+    assert {f"{name} end" for name in "abcd"} <= set(notes) and len(notes) <= 13
+    last = len(notes) - 1 - notes[::-1].index("d start")
+    assert last > notes.index("a end")
 
 
 def _is_below(process: int, ancestor: int) -> bool:

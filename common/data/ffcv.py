@@ -11,6 +11,7 @@ What ffcv does that a caller must guard against, and the cure here:
 * Its import and its loaders set torch's number of threads: it is put back.
 * Its random orders know no resume, and not all of them know ranks: the order is `order.Order`'s, for any ranks.
 * Its first batch compiles for seconds: a loader is built once and kept.
+* It changes a type of numba's, which then complains on stderr: it is kept from that.
 * A damaged JPEG or a file cut short is read as whatever lies in memory: both are refused, with file and index.
 * A writer's process that dies leaves the writer waiting for ever: it is watched.
 """
@@ -21,6 +22,7 @@ import json
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -95,10 +97,36 @@ def _library() -> SimpleNamespace:
         AllocationQuery=AllocationQuery,
         Compiler=Compiler,
     )
+    # Compiled once for all loaders.
+    kept: dict[tuple[Any, bool], Any] = {}
+
+    def compiled(function: Any) -> Any:
+        key = (function, Compiler.is_enabled)
+        return kept[key] if key in kept else kept.setdefault(key, Compiler.compile(function))
+
+    parts.compiled = compiled
+    loader.loader.OSCacheManager = _memory_class(parts, loader.loader.OSCacheManager)
     parts.RandomCrop = _checked(parts, rgb_image.RandomResizedCropRGBImageDecoder)
     parts.CentreCrop = _checked(parts, rgb_image.CenterCropRGBImageDecoder)
     parts.Epoch = _epoch_class(parts)
     return parts
+
+
+def _memory_class(parts: SimpleNamespace, base: type) -> type:
+    class Memory(base):  # type: ignore[misc,valid-type]
+        """ffcv's view of a file, without its change to numba's own type of arrays, which numba then no longer finds."""
+
+        def compile_reader(self) -> Any:
+            types = parts.numba.types
+            stored, table = types.Array(types.uint8, 1, "C", readonly=True), types.uint64[::1]
+
+            def read(address: Any, state: Any) -> Any:
+                size = state[2][np.searchsorted(state[1], address)]
+                return state[0][address : address + size]
+
+            return parts.Compiler.compile(read, stored(types.uint64, types.Tuple([stored, table, table])))
+
+    return Memory
 
 
 def _careful_reader(base: type) -> type:
@@ -125,13 +153,14 @@ def _checked(parts: SimpleNamespace, base: type) -> type:
         def generate_code(self) -> Callable[..., Any]:
             each, read = parts.Compiler.get_iterator(), self.memory_read
             called = (parts.libffcv.imdecode, parts.libffcv.resize_crop, self.get_crop_generator)
-            jpeg, cut, choose = map(parts.Compiler.compile, called)
+            jpeg, cut, choose = map(parts.compiled, called)
             scale = np.array(self.scale if self.scale is not None else (1.0, 1.0))
             ratio = np.array(self.ratio) if isinstance(self.ratio, tuple) else self.ratio
 
-            # Compiled by numba: the names of the four arguments are ffcv's.
-            def decode(batch_indices, buffers, metadata, storage_state):  # type: ignore[no-untyped-def]
+            # Compiled by numba, which does not read the annotations.
+            def decode(batch_indices: Any, buffers: Any, metadata: Any, storage_state: Any) -> Any:
                 images, room, answers = buffers
+                nil, one, no = np.uint32(0), np.uint32(1), np.bool_(False)  # literals would be types of their own
                 for k in each(len(batch_indices)):
                     row = metadata[batch_indices[k]]
                     stored = read(row["data_ptr"], storage_state)
@@ -139,7 +168,7 @@ def _checked(parts: SimpleNamespace, base: type) -> type:
                     answers[k, 0] = 0
                     pixels = room[k]
                     if row["mode"] == _JPEG_MODE:
-                        answers[k, 0] = jpeg(stored, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
+                        answers[k, 0] = jpeg(stored, pixels, height, width, height, width, nil, nil, one, one, no, no)
                     else:
                         pixels = stored
                     whole = pixels[: 3 * height * width].reshape(height, width, 3)
@@ -177,6 +206,8 @@ def _epoch_class(parts: SimpleNamespace) -> type:
                         continue
 
         def run_pipeline(self, b_ix: int, batch_indices: np.ndarray, batch_slot: int, cuda_event: Any) -> Any:
+            if self.terminate_event.is_set():
+                raise StopIteration  # ffcv's thread looks for itself only where its queue is full
             if b_ix == 0:
                 torch.set_num_threads(self._threads)
             result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
@@ -226,12 +257,14 @@ def load_ffcv(request: Request) -> ImageData:
     (train, test), (train_names, test_names) = found.values(), names.values()
     if None not in (train_names, test_names) and train_names != test_names:
         raise ValueError(f"--valfile {request.valfile}: has other classes than {request.trainfile}; write both again")
-    count = int(train.max()) + 1
-    if int(test.max()) >= count:
-        raise ValueError(f"--valfile {request.valfile}: has class {int(test.max())}, {request.trainfile} has {count}")
-    classes = train_names or test_names or [str(number) for number in range(count)]
+    classes = train_names or test_names or [str(number) for number in range(int(train.max()) + 1)]
+    count = len(classes)
+    for flag, labels in found.items():
+        if int(labels.max()) >= count:
+            named = f"{files[flag]}.json names" if train_names or test_names else f"{request.trainfile} has"
+            raise ValueError(f"{flag} {files[flag]}: has class {int(labels.max())}, {named} {count}; write both again")
     request.say(f"{len(train):,} + {len(test):,} images of {count} classes in {request.trainfile}, {request.valfile}")
-    info = imagenet_info(classes[:count], request.image_size)
+    info = imagenet_info(classes, request.image_size)
     splits = (
         FfcvSplit(path, labels, request.workers) for path, labels in zip(files.values(), found.values(), strict=True)
     )
@@ -487,6 +520,9 @@ def _watched_processes(out: Path) -> Iterator[None]:
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
+    # A script's background job ignores the signal that the watcher sends.
+    ours = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if ours else None
     watcher.start()
     try:
         yield
@@ -499,3 +535,5 @@ def _watched_processes(out: Path) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+        if ours:
+            signal.signal(signal.SIGINT, handler)

@@ -126,6 +126,7 @@ class StreamedBatches:
         self._normalize = Normalizer(info.mean, info.std, device)
         self._ahead: _Ahead | None = None
         self._next: tuple[int, int] | None = None
+        self._drawn: tuple[int, list[Tensor]] | None = None
 
     def shorten(self, steps: int) -> StreamedBatches:
         """This stream with epochs of at most so many steps; what is read ahead goes on with the next epoch."""
@@ -145,13 +146,16 @@ class StreamedBatches:
         self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
         x = self._normalize(images)
         if self._cutout:
-            size = self._info.image_size
-            y_x = (self._draw(epoch, axis, size)[here].to(self._device) for axis in ("cutout y", "cutout x"))
-            cutout_(x, self._cutout, *y_x)
+            cutout_(x, self._cutout, *(places[here].to(self._device) for places in self._squares(epoch)))
         return x, labels
 
-    def _draw(self, epoch: int, purpose: str, high: int) -> Tensor:
-        return torch.randint(high, (self.order.length,), generator=self.order.generator(epoch, purpose))
+    def _squares(self, epoch: int) -> list[Tensor]:
+        """Rows and columns of an epoch's squares, kept for its next step."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            sources = (self.order.generator(epoch, axis) for axis in ("cutout y", "cutout x"))
+            drawn = [torch.randint(self._info.image_size, (self.order.length,), generator=one) for one in sources]
+            self._drawn = (epoch, drawn)
+        return self._drawn[1]
 
     def close(self) -> None:
         """Stop reading ahead and wait until its thread has ended."""

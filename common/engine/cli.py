@@ -389,7 +389,7 @@ def _check_sharing(config: Config) -> list[str]:
     """Whether the batch can be shared out among processes and parts of a step."""
     errors, ranks = [], int(os.environ.get("WORLD_SIZE", "1"))
     parts = config.grad_accumulation * (1 if config.batch_per_rank else ranks)
-    if config.batch_size % parts:
+    if config.batch_size % parts and not getattr(config, "plan", False):  # which asks for other ranks
         least = max(1, config.batch_size // parts) * parts
         among = (
             f"{config.grad_accumulation} parts"

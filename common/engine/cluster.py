@@ -195,7 +195,10 @@ class ClusterExecutor:
         self.slurm_job = submitit.SlurmJob
 
     def submit(self, command: Sequence[str], log: Path) -> Submitted | None:
-        """See Executor; a job that an earlier sweep submitted and whose end nobody has seen is taken up again."""
+        """See Executor; a job that an earlier sweep submitted and whose end nobody has seen is taken up again.
+
+        Raises OSError with the scheduler's own words when it refuses.
+        """
         log = log.resolve()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as lock:
@@ -207,7 +210,10 @@ class ClusterExecutor:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return None
-            job = self.executor.submit(ClusterJob(command, log, self.ranks))
+            try:
+                job = self.executor.submit(ClusterJob(command, log, self.ranks))
+            except (RuntimeError, subprocess.CalledProcessError) as error:  # submitit's kinds
+                raise OSError(f"the cluster refused a job ({log.stem}): {error}") from None
             write_json(_note(log, "job"), {"job": job.job_id, "cluster": self.executor.cluster})
         return Submitted(job, log)
 

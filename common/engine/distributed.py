@@ -59,10 +59,19 @@ def launched() -> bool:
 
 
 def join(device_type: str) -> torch.device:
-    """Meet the other processes that torchrun started, and give this one's device: a GPU of its own, or the CPU."""
+    """Meet the other processes that torchrun started, and give this one's device: a GPU of its own, or the CPU.
+
+    Raises ValueError where there are fewer GPUs than processes.
+    """
     device = torch.device(device_type)
     if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= there:
+            processes = os.environ.get("LOCAL_WORLD_SIZE", "more")
+            raise ValueError(
+                f"--nproc_per_node: {processes} processes, and {there} GPUs here; start {there}, or add --device cpu"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not _running():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")

@@ -7,8 +7,8 @@ notes the signal; the loop asks at each step boundary. Outside of a loop the sig
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,8 +49,8 @@ class _Listener:
     def handle(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self.came = number, time.monotonic()
-            name = signal.Signals(number).name
-            print(f"{name}: saving at the next step, then ending (once more: at once)", file=sys.stderr, flush=True)
+            text = f"{signal.Signals(number).name}: saving at the next step, then ending (once more: at once)\n"
+            os.write(2, text.encode())  # not print, which the interrupted code may be in the middle of
         elif time.monotonic() - self.came > REPEATED_SECONDS:
             self.restore()
             signal.raise_signal(number)

@@ -250,17 +250,17 @@ class SearchLoop:
             batches = [*batches, *self._valid_batches()]
         searching = self.epoch >= self.settings.arch_begin_epoch
         compute = self._compute if self.static is None else self.static
-        compute((searching, count), *(tensor for batch in batches for tensor in batch))
+        compute((searching, moving, count), *(tensor for batch in batches for tensor in batch))
         self.step += 1
 
-    def _compute(self, variant: tuple[bool, int], *tensors: Tensor) -> None:
+    def _compute(self, variant: tuple[bool, bool, int], *tensors: Tensor) -> None:
         """What a step does on the device: training images and labels, then those of the validation half, if any.
 
         Of one variant, steps differ in the contents of tensors and in nothing else, so that they can be captured.
         """
-        searching, count = variant
+        searching, moving, count = variant
         batches = list(zip(tensors[::2], tensors[1::2], strict=True))
-        if len(batches) > count:
+        if moving:
             self.architecture_step(batches[:count], batches[count:])
         self.weight_step(batches[:count])
         if self.controller is not None:

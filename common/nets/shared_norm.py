@@ -3,7 +3,7 @@
 
 torch's SyncBatchNorm refuses CPU tensors and is differentiated once. Here the first and second moments are averaged
 over the ranks by a differentiable reduction, so that gradients of every order are those of one process with the whole
-batch. Moments travel in float64, around the running mean: the variance is their difference.
+batch. Moments travel in float64: the variance is their difference.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul(as_image(shift), x, as_image(scale))
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [C] over all ranks' pixels; the running ones follow."""
+        """Mean and variance [C] over all ranks' pixels; the running ones follow.
+
+        Nothing here reads the running ones: a cell that is computed again must give the same bits.
+        """
         var, mean = torch.var_mean(x, _DIMS, correction=0)
-        about = 0.0 if self.running_mean is None else self.running_mean.detach().double().clone()
-        first = mean.double() - about
-        first, second = self.reduction.mean(torch.stack([first, var.double() + first.square()])).unbind()
-        wide_mean, wide_var = first + about, (second - first.square()).clamp_min(0)
+        first = mean.double()
+        wide_mean, second = self.reduction.mean(torch.stack([first, var.double() + first.square()])).unbind()
+        wide_var = (second - wide_mean.square()).clamp_min(0)
         if self.track_running_stats and self.running_mean is not None:
             self._follow(wide_mean.detach(), wide_var.detach(), x.numel() // x.shape[1] * self.reduction.ranks)
         return wide_mean.to(mean.dtype), wide_var.to(var.dtype)

@@ -107,6 +107,11 @@ def check_plan(config: Config) -> list[str]:
     errors = []
     if config.dry_run:
         errors.append("--dry-run: runs a step on this machine, --plan plans for another; drop one of the two")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        errors.append("--plan: is made by one process; start it without torchrun")
+    for name in ("save", "resume"):
+        if config.explicit(name):
+            errors.append(f"--{name}: --plan starts no run; drop one of the two")
     if config.step_seconds is not None and len(config.step_seconds) > 2:
         errors.append("--step-seconds: a weight step's, and an architecture step's; give at most these two")
     parts = config.grad_accumulation * (1 if config.batch_per_rank else config.world_size)

@@ -17,6 +17,7 @@ from torch import nn
 
 from common.cost.target import movable_error, within
 from common.engine import Run, distributed, plain, read_json
+from common.engine.accumulation import batches_of
 from common.engine.cli import Config
 from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
@@ -211,7 +212,7 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
     loop = SearchLoop(prepared.supernet, **prepared.loop)
     loop.model.train()
     loop.start_epoch()
-    batch = prepared.loop["train_stream"].batch(0, 0)
+    batches = batches_of(prepared.loop["train_stream"], 0, 0)
     seconds = {"architecture": 0.0, "weight": 0.0}
     steps = {"architecture": loop.architecture_step, "weight": loop.weight_step}
     if not loop.arch:
@@ -219,7 +220,7 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
     for _ in range(2):
         for name, step in steps.items():
             started = time.monotonic()
-            step(batch)
+            step(batches)
             if prepared.device.type == "cuda":
                 torch.cuda.synchronize(prepared.device)
             seconds[name] = time.monotonic() - started

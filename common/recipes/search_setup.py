@@ -227,8 +227,11 @@ def _describe(prepared: PreparedSearch) -> str:
     ]
     if config.target_bitops is not None:
         lines.append(f"target: {config.target_bitops / 1e9:.4g} G BitOps, within 10%")
-    return "\n".join([*lines, *(note for key in ("train_stream", "valid_stream") for note in _stream_notes(loop[key]))])
+    return "\n".join([*lines, *stream_notes(loop)])
 
 
-def _stream_notes(stream: Any) -> tuple[str, ...]:
-    return getattr(getattr(stream, "stream", stream), "notes", ())
+def stream_notes(loop: dict[str, Any]) -> list[str]:
+    """What a search's streams have to tell, each thing once."""
+    streams = (loop[key] for key in ("train_stream", "valid_stream"))
+    notes = (getattr(stream, "notes", ()) for stream in streams)
+    return list(dict.fromkeys(note for several in notes for note in several))

@@ -29,6 +29,7 @@ class FirstSteps:
 
     def __init__(self, stream: BatchStream, steps: int) -> None:
         self.stream, self.steps_per_epoch = stream, min(steps, stream.steps_per_epoch)
+        self.notes = tuple(getattr(stream, "notes", ()))
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The stream's own batch."""

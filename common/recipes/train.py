@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.cost import Cost, network_cost
 from common.data import DatasetInfo, ImageData, hold_out
 from common.engine import distributed, read_json, seed_everything
+from common.engine.accumulation import Batch, batches_of
 from common.engine.cli import Config
 from common.engine.progress import duration
 from common.engine.protocols import BatchStream
@@ -290,10 +291,14 @@ class _Repeated:
     """The first batch of a stream, as often as wanted: an epoch may have a single step."""
 
     def __init__(self, stream: BatchStream) -> None:
-        self._first, self.steps_per_epoch = stream.batch(0, 0), 1_000_000
+        self._first, self.steps_per_epoch = batches_of(stream, 0, 0), 1_000_000
 
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, epoch: int, step: int) -> Batch:
         """The stream's first batch."""
+        return self._first[0]
+
+    def batches(self, epoch: int, step: int) -> list[Batch]:
+        """All batches of the stream's first step."""
         return self._first
 
 

@@ -52,7 +52,7 @@ run_ranks() {
     # One folder over all restarts, so that every one of them goes on in it.
     case " $* " in *" --save "* | *" --save="*) ;; *) set -- "$@" --save "runs/slurm-$SLURM_JOB_ID" ;; esac
     case " $* " in *" --resume "* | *" --resume="*) ;; *) set -- "$@" --resume auto ;; esac
-    if [ "$nodes" -gt 1 ]; then head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1); fi
+    if [ "$nodes" -gt 1 ]; then head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p); fi
     # What torchrun hands on, and how long it waits for the checkpoint (seconds).
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150
     say "$nodes x $ranks processes: $program $*"

@@ -188,43 +188,53 @@ def test_an_error_of_one_rank_ends_all_and_is_shown(root: Path, tmp_path: Path) 
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+TINY = ["--preset", "smoke", "--no-tensorboard", "--epochs", "2", "--steps-per-epoch", "1"]
+PROGRAMS = {
+    "qdarts": [
+        ["qdarts/search.py", *TINY, "--bits", "2", "8", "--sync-bn", "--unrolled", "--grad-accumulation", "2"],
+        ["qdarts/train.py", *TINY, "--arch", "0", "--sync-bn", "--grad-accumulation", "2"],
+    ],
+    "darts": [["darts/search.py", *TINY, "--track-eigenvalue"], ["darts/train.py", *TINY, "--arch", "0"]],
+    "fbqat": [["fbqat/search.py", *TINY], ["fbqat/train.py", *TINY, "--arch", "0", "--fixed-bit", "4"]],
+    "ptq": [
+        ["ptq/search.py", *TINY],
+        ["ptq/train.py", *TINY, "--arch", "0"],
+        ["ptq/quantize.py", "1", "--n-sample", "1", "--batch-size", "8"],
+    ],
+    "qsubnet": [["qsubnet/search.py", *TINY, "--batch-per-rank"], ["qsubnet/train.py", *TINY, "--arch", "0"]],
+    "enas": [["enas/search.py", *TINY, "--sync-bn"], ["enas/train.py", *TINY, "--arch", "0"]],
+}
+
+
 @pytest.mark.slow
-def test_every_program_runs_under_torchrun(root: Path, tmp_path: Path) -> None:
-    small, train_small = (
-        ["--preset", "smoke", "--no-tensorboard"],
-        ["--preset", "smoke", "--no-tensorboard", "--epochs", "1"],
-    )
-    programs = {
-        "qdarts": [
-            "qdarts/search.py",
-            *small,
-            "--bits",
-            "2",
-            "8",
-            "--sync-bn",
-            "--unrolled",
-            "--grad-accumulation",
-            "2",
-        ],
-        "qdarts-net": ["qdarts/train.py", *train_small, "--arch", "qdarts", "--sync-bn", "--grad-accumulation", "2"],
-        "darts": ["darts/search.py", *small, "--track-eigenvalue", "--sync-bn"],
-        "darts-net": ["darts/train.py", *train_small, "--arch", "darts"],
-        "fbqat": ["fbqat/search.py", *small],
-        "fbqat-net": ["fbqat/train.py", *train_small, "--arch", "fbqat"],
-        "ptq": ["ptq/search.py", *small],
-        "ptq-net": ["ptq/train.py", *train_small, "--arch", "ptq"],
-        "quantized": ["ptq/quantize.py", "ptq-net", "--n-sample", "1", "--batch-size", "8"],
-        "qsubnet": ["qsubnet/search.py", *small, "--init-from", "ptq-net"],
-        "qsubnet-net": ["qsubnet/train.py", *train_small, "--arch", "qsubnet"],
-        "enas": ["enas/search.py", *small, "--sync-bn"],
-        "enas-net": ["enas/train.py", *train_small, "--arch", "enas"],
-    }
-    for name, words in programs.items():
-        done = torchrun(root / words[0], *words[1:], "--device", "cpu", "--save", name, cwd=tmp_path)
-        assert done.returncode == 0, f"{name}\n{done.stdout}\n{done.stderr}"
-        assert json.loads((tmp_path / name / "result.json").read_text())["finished"], name
-        assert (tmp_path / name / "architecture.json").is_file() and not list((tmp_path / name).rglob(".tmp-*"))
-    done = torchrun(root / "evaluate.py", "qdarts-net", "--device", "cpu", "--json", cwd=tmp_path)
-    found = json.loads(done.stdout)  # once
-    wanted = json.loads((tmp_path / "qdarts-net" / "result.json").read_text())["metrics"]
+@pytest.mark.parametrize("method", PROGRAMS)
+def test_every_program_runs_under_torchrun(root: Path, tmp_path: Path, method: str) -> None:
+    for number, (program, *flags) in enumerate(PROGRAMS[method]):
+        run = tmp_path / str(number)
+        done = torchrun(root / program, *flags, "--device", "cpu", "--save", run.name, cwd=tmp_path)
+        assert done.returncode == 0, f"{program}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.count("run folder:") == 1
+        assert json.loads((run / "result.json").read_text())["finished"], program
+        assert (run / "architecture.json").is_file() and not list(run.rglob(".tmp-*"))
+    if method == "enas":  # a run of another recipe
+        return
+    trained = tmp_path / ("2" if method == "ptq" else "1")
+    done = torchrun(root / "evaluate.py", trained.name, "--device", "cpu", "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)  # printed once
+    wanted = json.loads((trained / "result.json").read_text())["metrics"]
     assert (found["correct"], found["loss"]) == (wanted["test_correct"], wanted["test_loss"])
+
+
+def test_the_wrapper_that_setup_writes(root: Path, tmp_path: Path) -> None:
+    """Where .venv reuses another Python's torch, that one's torchrun would start the other Python."""
+    text = (root / "scripts" / "setup.sh").read_text()
+    block = re.search(r'if \[ ! -e "\$VENV/bin/torchrun" \]; then\n.*?\nfi\n', text, re.DOTALL)
+    assert block is not None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    subprocess.run(["bash", "-ec", block[0]], env={**os.environ, "VENV": str(tmp_path)}, check=True)
+    words = ["--nproc_per_node=2", "a program.py", "--save", "run"]
+    found = subprocess.run([tmp_path / "bin" / "torchrun", *words], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["-m", "torch.distributed.run", *words]
+    assert len((tmp_path / "bin" / "torchrun").read_text().splitlines()) == 2

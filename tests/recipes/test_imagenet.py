@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from common.data import sample_parts
-from common.data.ffcv import why_missing
 from common.engine import load_state
 from common.engine.cli import Config
 from common.recipes import flags as recipe_flags
@@ -20,7 +20,7 @@ from common.recipes.search import run_search
 from common.recipes.train import run_training
 from tests.helpers.photographs import make_folder
 
-FFCV = pytest.mark.skipif(why_missing() is not None, reason=f"ffcv: {why_missing()}; bash scripts/install_ffcv.sh")
+FFCV = pytest.mark.skipif(find_spec("ffcv") is None, reason="ffcv is not installed: bash scripts/install_ffcv.sh")
 SMALL = ["--preset", "smoke", "--image-size", "64", "--stem", "imagenet", "--device", "cpu", "--no-tensorboard"]
 
 
@@ -200,6 +200,20 @@ def test_a_training_on_ffcv_files_says_what_it_cannot_repeat(
         assert evaluate([str(run), "--json", *places]) == 0
         other = json.loads(capsys.readouterr().out)
         assert other["n"] == 9 and other["loss"] == pytest.approx(result["metrics"]["test_loss"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (["--trainfile", "t"], "--trainfile: tested is --valfile"),
+        (["--valfile", "v", "--data", "d"], "--data: the images are in one place; drop it or --valfile"),
+    ],
+)
+def test_evaluation_asks_for_the_right_images(places: list[str], said: str) -> None:
+    evaluation = program("evaluate")
+    with pytest.raises(ValueError, match=said):
+        evaluation.check_places(evaluation.parser().parse_args(["run", *places]))
+    evaluation.check_places(evaluation.parser().parse_args(["run", "--trainfile", "t", "--split", "val"]))
 
 
 @pytest.mark.slow

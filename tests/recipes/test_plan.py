@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.data.stand_in import stand_in
 from common.engine import distributed
@@ -27,18 +28,27 @@ from tests.helpers.ranks import on_ranks
 SMALL = ["--preset", "smoke", "--no-tensorboard", "--device", "cpu", "--batch-size", "8"]
 
 
-class Sent(TorchDispatchMode):
-    """Every all-reduce as the backend gets it: [messages, bytes]."""
+class Sent:
+    """Every all-reduce that is handed to torch: [messages, bytes]."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.total = [0, 0]
+        self._patch = patch.object(torch.distributed, "all_reduce", self._noted(torch.distributed.all_reduce))
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.c10d.allreduce_.default:
+    def _noted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def all_reduce(tensor: torch.Tensor, *args: Any, **more: Any) -> Any:
             self.total[0] += 1
-            self.total[1] += sum(tensor.numel() * tensor.element_size() for tensor in args[0])
-        return function(*args, **(kwargs or {}))
+            self.total[1] += tensor.numel() * tensor.element_size()
+            return original(tensor, *args, **more)
+
+        return all_reduce
+
+    def __enter__(self) -> Sent:
+        self._patch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._patch.stop()
 
 
 def searching(*flags: str) -> Any:
@@ -85,8 +95,8 @@ def test_a_search_sends_what_its_plan_says(flags: list[str], capsys: pytest.Capt
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--wbits", "4", "--abits", "8"], marks=pytest.mark.slow),
-        ["--sync-bn", "--grad-accumulation", "2"],
+        ["--wbits", "4", "--abits", "8"],
+        pytest.param(["--sync-bn", "--grad-accumulation", "2"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -158,6 +168,8 @@ def test_the_model_of_the_time() -> None:
         (["--plan", "--world-size", "5"], "cannot be shared out equally among 5"),
         (planned("--step-seconds", "1", "2", "3"), "--step-seconds"),
         (planned("--link-gbps", "0"), "--link-gbps"),
+        (planned("--resume", "auto"), "--resume: --plan starts no run"),
+        (planned("--save", "x"), "--save: --plan starts no run"),
     ],
 )
 def test_wrong_flags_are_refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

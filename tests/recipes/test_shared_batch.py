@@ -63,7 +63,10 @@ def searched(setting: dict[str, Any], order: str, parts: int, steps: int) -> dic
     """Weights, gammas, alphas, betas and statistics after some steps of both kinds."""
     torch.manual_seed(0)
     defaults = {"num_classes": CLASSES, "init_channels": 8, "layers": 3, "nodes": 2, "multiplier": 2, "partial": 2}
+    again = setting.get("checkpoint_cells", False)
+    setting = {name: value for name, value in setting.items() if name != "checkpoint_cells"}
     model = build_supernet(**(defaults | {"method": "pc-darts"} | setting)).double()
+    model.checkpoint_cells = again
     share(model)
     settings = SearchSettings(epochs=1, arch_begin_epoch=0, order=order, learning_rate=0.05, arch_learning_rate=3e-3)
     loop = SearchLoop(
@@ -121,6 +124,7 @@ THOROUGH = [
     *((FLOAT, "finite-difference", ranks, 1, 3) for ranks in (2, 4)),
     *((setting, order, 2, 2, 3) for setting in (MIXED, FLOAT) for order in ("first", "exact", "finite-difference")),
     (REFERENCE, "first", 2, 1, 3),
+    (MIXED | {"checkpoint_cells": True}, "first", 2, 1, 3),
 ]
 
 
