@@ -33,7 +33,7 @@ from common.recipes.trained import cost_text, final_figures, network_state
 from enas.child import SharedChild
 from enas.controller import Controller, ControllerSettings, max_entropy
 from enas.cost import NetworkSize, cells_bitops
-from enas.flags import source_values, types_pass_on
+from enas.flags import PRESETS, source_values, types_pass_on
 from enas.loop import RULE, ChildLoop, ChildSettings, EvaluationSet
 from enas.reinforce import cost_penalty
 from enas.search_loop import PolicySettings, SearchLoop
@@ -348,7 +348,7 @@ def _save(run: Run, best: Architecture) -> None:
 def train_command(config: Config, run: Run) -> str:
     """The command that trains what a search found, as typed in the present folder."""
     words = ["python", os.path.relpath(Path(__file__).with_name("train.py")), "--arch", os.path.relpath(run.folder)]
-    words += ["--dataset", config.dataset]
+    words += [*(("--preset", config.preset) if config.preset in PRESETS["train"] else ()), "--dataset", config.dataset]
     for flag, value in (("--data", config.data), ("--data-module", config.data_module)):
         words += [flag, str(value)] if value is not None else []
     words += ["--layers", str(config.eval_layers), "--out-filters", str(config.eval_out_filters)]
