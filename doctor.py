@@ -35,7 +35,7 @@ MIN_DISK = MIN_MEMORY = 2 * GIB
 # Data set -> what stands for it below the data folder (torchvision's own layout).
 DATA_FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "mnist": "MNIST/raw"}
 OPTIONAL = {  # module -> (what it is for, cure)
-    "ffcv": ("the fast ImageNet loader", f"{SETUP} ffcv (after its compiler and headers: requirements-ffcv.txt)"),
+    "ffcv": ("the fast ImageNet loader", "bash scripts/install_ffcv.sh, or conda: environment.yml"),
     "onnx": ("export to ONNX", f"{SETUP} export"),
     "onnxruntime": ("the check of an exported file", f"{SETUP} export"),
     "qonnx": ("export to QONNX", f"{SETUP} export"),

@@ -30,6 +30,11 @@ def parser() -> Parser:
     add("--checkpoint", type=Path, metavar="FOLDER", help="one of its checkpoints (default: the newest valid one)")
     add("--dataset", "--set", metavar="NAME", help="other data of as many classes (default: the run's own)")
     add("--data", type=Path, metavar="DIR", help="where the data lie (default: as in the run)")
+    add(
+        "--trainfile", type=Path, metavar="X.ffcv", help="ImageNet's FFCV files in place of --data (default: the run's)"
+    )
+    add("--valfile", type=Path, metavar="Y.ffcv", help="as above; the file that is tested on")
+    add("--workers", "-j", type=integer(0), metavar="N", help="threads that decode ImageNet (default: one a core)")
     add("--data-module", metavar="FILE.py:FUNCTION", help="data of your own (default: as in the run)")
     add("--search-space", type=Path, metavar="FILE.py", help="operations of your own that the network holds")
     add("--split", type=choice("test", "val"), default="test", metavar="test|val", help="val: the held-out part")
@@ -42,9 +47,9 @@ def parser() -> Parser:
 def evaluate(config: Config) -> dict[str, Any]:
     """The figures as one JSON object. Raises ValueError for what does not fit."""
     from common.cost import network_cost
-    from common.data import evaluation_batches, hold_out
+    from common.data import hold_out
     from common.recipes.setup import load_data, prepare_torch
-    from common.recipes.trained import EVALUATION_BATCH, evaluate_network, load_trained
+    from common.recipes.trained import evaluate_split, load_trained
 
     if config.run is None:
         raise ValueError("RUN: is missing; give the folder of a training run")
@@ -55,16 +60,9 @@ def evaluate(config: Config) -> dict[str, Any]:
         load_search_space(config.search_space)
     network, trained, info = load_trained(config.run, config.checkpoint)
     build, size = info["build"], info["data"]["image_size"]
+    check_places(config)
     own = config.dataset is None and config.data_module is None
-    data = load_data(
-        argparse.Namespace(
-            dataset=config.dataset or trained["dataset"],
-            data=config.data or (Path(trained["data"]) if own and trained["data"] else None),
-            data_module=config.data_module or (trained["data_module"] if config.dataset is None else None),
-            image_size=size,
-        ),
-        lambda text: print(text, file=sys.stderr),
-    )
+    data = load_data(argparse.Namespace(**_data_flags(config, trained, own), image_size=size), _aside)
     for key, found in (("num_classes", data.info.num_classes), ("in_channels", data.info.channels)):
         if build[key] != found:
             raise ValueError(
@@ -74,10 +72,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     if config.split == "val":
         if not own or not trained["val_fraction"]:
             raise ValueError("--split val: this run held nothing out of its training set; use --split test")
+        if config.valfile is not None and config.trainfile is None:
+            raise ValueError("--split val: is a part of the training images; give --trainfile, or neither file")
         split, indices = data.train, hold_out(data.train.labels, trained["val_fraction"], trained["seed"])[1]
     network.to(device)
-    batches = evaluation_batches(split.to(device), data.info, EVALUATION_BATCH, device, indices=indices)
-    found = evaluate_network(network, batches, data.info.num_classes, trained["precision"])
+    found = evaluate_split(network, split.to(device), data.info, trained["precision"], indices)
     counts = zip(data.info.classes, found.pop("per_class"), strict=True)
     return {
         "run": str(config.run),
@@ -89,6 +88,38 @@ def evaluate(config: Config) -> dict[str, Any]:
         "cost": network_cost(network, size).to_json(),
         "per_class": [{"class": name, "n": n, "correct": correct} for name, (n, correct) in counts],
     }
+
+
+def check_places(config: Config) -> None:
+    """Raise ValueError where the flags name two places for the images, or the wrong file of the two."""
+    files = [flag for flag in ("trainfile", "valfile") if getattr(config, flag) is not None]
+    if files and config.data is not None:
+        raise ValueError(f"--data: the images are in one place; drop it or --{files[0]}")
+    if files == ["trainfile"] and config.split == "test":
+        raise ValueError("--trainfile: tested is --valfile; give that (or --split val for the held-out part)")
+
+
+def _aside(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _data_flags(config: Config, trained: dict[str, Any], own: bool) -> dict[str, Any]:
+    """Where the images lie: the training's places, unless the flags name others."""
+    from common.recipes.setup import data_flags
+
+    found = data_flags(trained, workers=config.workers)
+    del found["image_size"]
+    if not own:
+        found |= {"data": None, "trainfile": None, "valfile": None, "classes": None}
+        found |= {"dataset": config.dataset or trained["dataset"], "data_module": config.data_module}
+    if config.data is not None:
+        found |= {"data": config.data, "trainfile": None, "valfile": None}
+    if config.trainfile is not None or config.valfile is not None:
+        # Nothing is trained here, so one file will do.
+        either = config.valfile or config.trainfile
+        files = {"trainfile": config.trainfile or either, "valfile": either}
+        found |= {"dataset": "imagenet", "data": None, "data_module": None, **files}
+    return found
 
 
 def text(found: dict[str, Any]) -> str:
@@ -121,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parser().parse_args(argv)
 
     def work() -> None:
+        from common.engine.distributed import is_main
+
         found = evaluate(config)
-        print(json.dumps(found, indent=2) if config.json else text(found))
+        if is_main():
+            print(json.dumps(found, indent=2) if config.json else text(found))
 
     return run_program(work, PROG)
 

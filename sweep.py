@@ -14,7 +14,6 @@ docs/sweep.md has the format of a plan.
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
@@ -25,7 +24,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from common.engine.jobs import Event, Job, JobStore, LocalExecutor, run_jobs
+from common.engine.cluster import add_executor_flags, make_executor
+from common.engine.jobs import Event, Executor, Job, JobStore, run_jobs
 from common.engine.parsing import Config, Parser, integer
 from common.engine.plans import Plan, Value, grid_plan, read_plan, select
 from common.engine.progress import duration
@@ -45,8 +45,8 @@ def parser() -> Parser:
     add("--size", metavar="NAME", help="one of the plan's sizes (default: its first)")
     add("--set", nargs="+", action="append", default=[], metavar="NAME=VALUE", help="variables of the plan")
     add("--only", nargs="+", default=[], metavar="NAME", help="methods or jobs, with what they wait for")
-    add("--jobs", type=integer(1), default=1, metavar="N", help="processes at a time; they share the cores")
     add("--out", type=Path, metavar="DIR", help="where the runs go (default: runs/PLAN-SIZE)")
+    add_executor_flags(parser)
     add("--follow", action="store_true", help="show what the jobs print, as it comes")
     add("--dry-run", action="store_true", help="one line a job: method, setting, seed, command, with tabs; and stop")
     return parser
@@ -182,10 +182,9 @@ class Tables:
                 print(f"{PROG}: {shlex.join(command)[:100]} ...: {problem}", file=sys.stderr)
 
 
-def sweep(plan: Plan, values: Mapping[str, Value], jobs: Sequence[Job], config: Config) -> int:
+def sweep(plan: Plan, values: Mapping[str, Value], jobs: Sequence[Job], executor: Executor, config: Config) -> int:
     """Run the jobs; the exit code."""
     store = JobStore(config.out)
-    executor = LocalExecutor(max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None)
     screen, tables = Screen(jobs, store, config.jobs, config.follow), Tables(plan, values, store)
     with closing(run_jobs(jobs, store, executor, config.jobs)) as events:
         for event in events:
@@ -216,13 +215,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(job.method, job.setting, job.seed, shlex.join(job.command), sep="\t")
             return 0
         check_programs(jobs)
+        executor = make_executor(config)
     except ValueError as error:
         flags.fail([str(error)])
-    # also where a shell started us with SIGINT ignored; and a scheduler's SIGTERM is a Ctrl-C
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # also where a shell started us with SIGINT ignored; and a scheduler's signal is a Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.default_int_handler)
     try:
-        return sweep(plan, values, jobs, config)
+        return sweep(plan, values, jobs, executor, config)
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; the same command goes on", file=sys.stderr)
         return 130

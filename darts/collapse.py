@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.engine.bilevel import Batch
+from common.engine import distributed
+from common.engine.accumulation import Batch
 from common.engine.cli import Config
 from common.engine.search_loop import Objective
 from common.recipes.findings import count_skips
@@ -87,6 +88,8 @@ def _power_iteration(
         parts = [part.view(shape) for part, shape in zip(vector.split(sizes), shapes, strict=True)]
         along = [part.to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
         product = torch.autograd.grad(gradients, parameters, grad_outputs=along, retain_graph=True)
+        # of all ranks' losses together; and the same number on each, so that all take as many turns
+        distributed.average_(product)
         image = torch.cat([part.flatten() for part in product]).double()
         basis, images = torch.cat([basis, vector[None]]), torch.cat([images, image[None]])
         found = torch.linalg.eigvalsh(basis @ images.T)

@@ -6,15 +6,15 @@ Imports no torch, so that --help is quick.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from common.engine import cli
 from common.engine.cli import Config, Parser, Switch, bitops, choice, integer, number
 from common.engine.parsing import boolean
 from common.recipes.contents import derive_contents
-from common.recipes.flags import check_data
+from common.recipes.flags import check_data, check_launch
 
 # The source's two default architectures, of its training scripts.
 CIFAR_ARC = "1 2 1 3 0 1 0 4 1 1 1 1 0 1 0 1 1 0 0 1 0 1 0 4 1 0 2 0 0 3 1 1 0 0 0 0 4 1 1 0"
@@ -245,6 +245,7 @@ def resolve(parser: Parser, argv: Sequence[str], stage: str) -> Config:
         return _by_dataset(config, stage)
 
     checks = [cli.check_run, check_data, _check_network, _check_computing]
+    checks += [partial(check_launch, prog=parser.prog, argv=argv)]
     checks += [_check_reward, _check_held_out] if stage == "search" else [_check_architecture]
     return cli.resolve(parser, argv, presets=PRESETS[stage], derive=[by_dataset, derive_contents], validate=checks)
 
@@ -285,8 +286,6 @@ def _check_computing(config: Config) -> list[str]:
         errors.append("--select: this method tests the last epoch's weights; leave it out")
     if config.compile:
         errors.append("--compile: architectures change from step to step, so nothing stays compiled; leave it out")
-    if config.use_data_parallel or "WORLD_SIZE" in os.environ:
-        errors.append("--use-data-parallel: this method runs in one process; start it without torchrun")
     if getattr(config, "cuda_graph", "off") == "on":
         errors.append("--cuda-graph: architectures change from step to step, so no graph can be replayed; leave it out")
     if config.checkpoint_cells and hasattr(config, "controller_lr"):

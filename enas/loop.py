@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.engine import distributed, preemption
+from common.engine.accumulation import batches_of
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError
 from common.engine.metrics import ClassificationMeter
@@ -61,7 +63,10 @@ class ChildSettings:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images to evaluate on after an epoch: `name` "valid" or "test", their number, and their batches."""
+    """Images to evaluate on after an epoch: `name` "valid" or "test", their number, and their batches.
+
+    Of several processes each gives the batches rank, rank + ranks, ... of the `batch_count`.
+    """
 
     name: str
     images: int
@@ -157,33 +162,51 @@ class ChildLoop:
     def one_step(self) -> None:
         """One step of the child on this position's batch; nothing here waits for the device."""
         s = self.settings
-        x, y = self.stream.batch(self.epoch, self.position)
+        batches = batches_of(self.stream, self.epoch, self.position)
         # Dropout, drop path and stochastic signs: so that a step can be done again, whatever was done since.
-        torch.manual_seed(derive(s.seed, "enas", "step", self.epoch, self.position))
+        torch.manual_seed(derive(s.seed, "enas", "step", self.epoch, self.position, distributed.rank()))
         if s.drop_path:
             total = s.epochs * self.steps
             self.model.drop_path_probability = s.drop_path * min(1.0, (self.global_step + 1) / total)
         self.model.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
+        counts: Tensor | None = None
+        for x, y in batches:
+            loss, found = self._descend(x, y, len(batches))
+            losses.append(loss)
+            counts = found if counts is None else counts + found
+        assert counts is not None
+        mean = torch.stack(losses).mean()
+        used = [p for p in self.trained if p.grad is not None]
+        if distributed.world_size() > 1:
+            # every rank drew the same architecture, so the same weights have gradients; see common.engine.train_loop
+            buffers = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())
+            distributed.average_([*(p.grad for p in used), mean, *buffers], sums=[counts])
+        norm = nn.utils.get_total_norm([p.grad for p in used], foreach=True)
+        self.guard.check(mean, norm)
+        if s.grad_bound is not None:
+            nn.utils.clip_grads_with_norm_(used, s.grad_bound, norm, foreach=True)
+        self.optimizers["child"].step()
+        self._clip()
+        self.meter.add(counts)
+        self.position += 1
+        self.batch_size = sum(len(y) for _, y in batches) * distributed.world_size()
+        with torch.no_grad():
+            correct = counts[-self.meter.num_classes :].sum()
+            self.newest.copy_(torch.stack([counts[0] / self.batch_size, norm, correct]))
+        self.guard.end_of_step()
+
+    def _descend(self, x: Tensor, y: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        """Add one of a step's `parts` batches to the gradients; its loss, and what the meter counts of it."""
+        s = self.settings
         logits, auxiliary = self.forward(x, self.arcs[self.position] if self.arcs else None)
         plain = loss = self.criterion(logits, y)
         if auxiliary is not None:
             loss = loss + s.auxiliary_weight * self.criterion(auxiliary, y)
         if s.l2:
             loss = loss + s.l2 * torch.stack([p.square().sum() for p in self.trained]).sum()
-        loss.backward()
-        used = [p for p in self.trained if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in used], foreach=True)
-        self.guard.check(loss.detach(), norm)
-        if s.grad_bound is not None:
-            nn.utils.clip_grads_with_norm_(used, s.grad_bound, norm, foreach=True)
-        self.optimizers["child"].step()
-        self._clip()
-        self.meter.update(logits.detach(), y, plain.detach() * len(y))
-        with torch.no_grad():
-            correct = (logits.argmax(1) == y).sum()
-            self.newest.copy_(torch.stack([plain.detach().double(), norm.double(), correct.double()]))
-        self.guard.end_of_step()
-        self.position, self.batch_size = self.position + 1, len(y)
+        (loss if parts == 1 else loss / parts).backward()
+        return loss.detach(), self.meter.measure(logits.detach(), y, plain.detach() * len(y))
 
     @torch.no_grad()
     def _clip(self) -> None:
@@ -202,11 +225,12 @@ class ChildLoop:
         if found is not None:
             self.load_state_dict(found[0])
         eta = Eta(self.settings.epochs, done=self.epoch)
-        while self.epoch < self.settings.epochs:
-            self.row = self._one_epoch()
-            eta.step()
-            self.store()
-            self.run.log(f"{self.epoch} of {self.settings.epochs} epochs done, {eta.text()}")
+        with preemption.listening():
+            while self.epoch < self.settings.epochs:
+                self.row = self._one_epoch()
+                eta.step()
+                self.store()
+                self.run.log(f"{self.epoch} of {self.settings.epochs} epochs done, {eta.text()}")
         return self.row
 
     def _one_epoch(self) -> dict[str, Any]:
@@ -221,6 +245,7 @@ class ChildLoop:
         self.model.train()
         label = f"epoch {self.epoch + 1}/{s.epochs}"
         for _ in progress(range(first, self.steps), total=self.steps, label=label, start=first):
+            preemption.give_way(self._saved_step(), self.save)
             self.one_step()
             if self.global_step % s.log_every == 0:
                 self._child_line(rate)
@@ -228,6 +253,7 @@ class ChildLoop:
         self.check_finite()
         seconds = time.monotonic() - started
         for number in range(self.position - self.steps, self.later_steps()):
+            preemption.give_way(self._saved_step(), self.save)
             self.later_step(number)
             self.position += 1
             self._maybe_save()
@@ -254,10 +280,18 @@ class ChildLoop:
 
     def _maybe_save(self) -> None:
         if time.monotonic() - self.saved_at > 60 * self.settings.checkpoint_minutes:
-            self.check_finite()
-            self.store()
+            self.save()
         if self.on_step is not None:
-            self.on_step(self.epoch * (self.steps + self.later_steps()) + self.position)
+            self.on_step(self._saved_step())
+
+    def save(self) -> None:
+        """Write a checkpoint of this position, when every step until here was finite."""
+        self.check_finite()
+        self.store()
+
+    def _saved_step(self) -> int:
+        """Steps of either kind done since the run began."""
+        return self.epoch * (self.steps + self.later_steps()) + self.position
 
     def _child_line(self, rate: float) -> None:
         self.check_finite()
@@ -286,10 +320,11 @@ class ChildLoop:
         """Share of right answers on all images, batch k by architecture k (without any: by the model's own)."""
         self.model.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for number, (x, y) in enumerate(one.batches()):
+        for turn, (x, y) in enumerate(one.batches()):
+            number = turn * distributed.world_size() + distributed.rank()
             logits, _ = self.forward(x, arcs[number] if arcs else None)
             correct += (logits.argmax(1) == y).sum()
-        return int(correct) / one.images
+        return int(distributed.sum_(correct)) / one.images
 
     # --------------------------------------------------------------------------------- state
 
@@ -336,8 +371,7 @@ class ChildLoop:
 
     def store(self) -> None:
         """Write a checkpoint of this position."""
-        step = self.epoch * (self.steps + self.later_steps()) + self.position
-        self.run.checkpoints.save(self.state_dict(), step=step, epoch=self.epoch)
+        self.run.checkpoints.save(self.state_dict(), step=self._saved_step(), epoch=self.epoch)
         self.saved_at = time.monotonic()
 
     def check_finite(self) -> None:

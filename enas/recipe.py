@@ -17,17 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import Cost, architecture_cost, network_cost
-from common.data import ImageData, Split, Stream, evaluation_batches, hold_out
-from common.engine import Run, read_json, seed_everything
+from common.data import ImageData, evaluation_batches, hold_out, open_stream
+from common.engine import Run, distributed, read_json, seed_everything
+from common.engine.accumulation import accumulated
 from common.engine.cli import Config
 from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
+from common.engine.protocols import BatchStream
 from common.nets import Architecture, MicroNetwork, load_architecture, network_of, parse_cells
 from common.nets.enas_layers import types_fit
 from common.nets.enas_space import SPACE, MicroCells
 from common.recipes.elapsed import time_before
 from common.recipes.pictures import draw_cells
-from common.recipes.setup import lay_out, load_data, open_run, prepare_torch, shorten
+from common.recipes.setup import images_at_once, lay_out, load_data, open_run, prepare_torch, shorten, tell
 from common.recipes.trained import cost_text, final_figures, network_state
 from enas.child import SharedChild
 from enas.controller import Controller, ControllerSettings, max_entropy
@@ -54,28 +56,37 @@ class _Data:
         """Images that the child trains on."""
         return len(self.images.train) if self.kept is None else len(self.kept)
 
-    def stream(self, config: Config, name: str, indices: Tensor | None, *, augment: bool) -> Stream:
-        """Shuffled batches of a part of the training set; as in the source an epoch's last one is a whole one too."""
-        cutout = config.cutout_length if augment and config.cutout else None
-        return Stream(
-            self.images.train,
-            self.images.info,
-            indices=indices,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            name=name,
-            augment=augment and config.augment,
-            cutout=cutout,
-            fill_last=True,
-            device=self.device,
+    def training(self, config: Config) -> BatchStream:
+        """This process's share of the shuffled, augmented batches that train."""
+        stream = self._stream(
+            config,
+            "train",
+            self.kept,
+            batch_size=images_at_once(config),
+            augment=config.augment,
+            cutout=config.cutout_length if config.cutout else None,
+            rank=distributed.rank(),
+            ranks=distributed.world_size(),
         )
+        return shorten(accumulated(stream, config.grad_accumulation), config.steps_per_epoch)
+
+    def rewards(self, config: Config) -> BatchStream:
+        """Shuffled batches of the validation part, one for each architecture: processes share architectures."""
+        ranks = distributed.world_size() if config.batch_per_rank else 1
+        return self._stream(config, "reward", self.held, batch_size=config.batch_size * ranks, augment=False)
+
+    def _stream(self, config: Config, name: str, indices: Tensor | None, **more: Any) -> BatchStream:
+        images, same = self.images, {"seed": config.seed, "name": name, "device": self.device}
+        # as in the source an epoch's last batch is a whole one too
+        return open_stream(images.train, images.info, indices=indices, fill_last=True, **same, **more)
 
     def evaluation(self, name: str) -> EvaluationSet:
         """All images of "valid" or "test", in order."""
-        split: Split = self.images.test if name == "test" else self.images.train
+        split = self.images.test if name == "test" else self.images.train
         indices = None if name == "test" else self.held
         count = len(split) if indices is None else len(indices)
-        batches = partial(evaluation_batches, split, self.images.info, EVALUATION_BATCH, self.device, indices=indices)
+        own = {"indices": indices, "rank": distributed.rank(), "ranks": distributed.world_size()}
+        batches = partial(evaluation_batches, split, self.images.info, EVALUATION_BATCH, self.device, **own)
         return EvaluationSet(name, count, -(-count // EVALUATION_BATCH), batches)
 
 
@@ -163,7 +174,7 @@ def run_training(config: Config, *, on_step: Callable[[int], None] | None = None
     assert isinstance(network, MicroNetwork)
     cost = network_cost(network, data.images.info.image_size)
     lay_out(network, config).to(data.device)
-    stream = shorten(data.stream(config, "train", data.kept, augment=True), config.steps_per_epoch)
+    stream = data.training(config)
     loop = {
         "stream": stream,
         "settings": child_settings(config),
@@ -178,7 +189,8 @@ def run_training(config: Config, *, on_step: Callable[[int], None] | None = None
             return read_json(run.folder / "result.json")
         run.log(_head(config, network))
         run.log("\n".join([f"{architecture.genotype}\nnetwork: {cost_text(cost)}", *getattr(stream, "notes", ())]))
-        run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
+        if distributed.is_main():
+            run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
         state = network_state(architecture, build, data.images.info)
         training = ChildLoop(network, run=run, extra_state=state, on_step=on_step, **loop)
         row = training.run_epochs()
@@ -254,11 +266,11 @@ def run_search(config: Config, *, on_step: Callable[[int], None] | None = None) 
     controller = Controller(controller_settings(config)).to(data.device)
     size = evaluation_size(config, data.images)
     loop = {
-        "stream": shorten(data.stream(config, "train", data.kept, augment=True), config.steps_per_epoch),
+        "stream": data.training(config),
         "settings": child_settings(config),
         "num_classes": data.images.info.num_classes,
         "evaluations": _evaluations(config, data, ("valid", "test")),
-        "rewards": data.stream(config, "reward", data.held, augment=False),
+        "rewards": data.rewards(config),
         "policy": policy_settings(config),
         "penalty": _penalty(config, size),
     }
@@ -303,12 +315,8 @@ def _conclude(
         "version": versions().get("project"),
     }
     best = Architecture(parse_cells(rows[0]["cells"]), space=SPACE, search=provenance)
-    run.artefact("architecture", best.save(run.folder / "architecture.json"))
-    try:
-        for path in draw_cells(best, run.folder / "cells"):
-            run.artefact(path.name.replace(".", "_"), path)
-    except (ValueError, ImportError) as error:  # a search of hours must not fail for its picture
-        run.log(f"no picture: {error}")
+    if distributed.is_main():
+        _save(run, best)
     build = {"in_channels": size.in_channels, "num_classes": size.num_classes, "out_filters": size.out_filters}
     build |= {"layers": size.layers, "image_size": size.image_size, "layer_bits": size.layer_bits}
     cost = architecture_cost(best, size.image_size, **build)
@@ -332,6 +340,15 @@ def _conclude(
         "train_command": command,
         **time_before(config, "search"),
     }
+
+
+def _save(run: Run, best: Architecture) -> None:
+    run.artefact("architecture", best.save(run.folder / "architecture.json"))
+    try:
+        for path in draw_cells(best, run.folder / "cells"):
+            run.artefact(path.name.replace(".", "_"), path)
+    except (ValueError, ImportError) as error:  # a search of hours must not fail for its picture
+        run.log(f"no picture: {error}")
 
 
 def train_command(config: Config, run: Run) -> str:
@@ -381,7 +398,7 @@ def _dry_run(loop: ChildLoop, config: Config, cost: Cost | None) -> dict[str, An
             times["controller"] = time.monotonic() - started
     whole = config.epochs * (steps * times["child"] + later * times["controller"])
     count = sum(p.numel() for p in loop.model.parameters())
-    print(
+    tell(
         f"{count:,} parameters{f'; {cost_text(cost)}' if cost else ''}\none step of {config.batch_size} images: "
         f"{times['child']:.3f} s"
         + (f", one update of the controller: {times['controller']:.3f} s" if later else "")

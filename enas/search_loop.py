@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from common.engine import distributed
 from common.engine.protocols import BatchStream
 from common.nets.enas_space import MicroCells, parse_cells
 from enas.controller import Controller, inverse_cdf
@@ -97,6 +98,7 @@ class SearchLoop(ChildLoop):
         loss = policy_loss(sample.neg_log_prob, as_tensor(rewards), as_tensor(baselines))
         self.controller.zero_grad(set_to_none=True)
         loss.backward()
+        distributed.average_(p.grad for p in self.controller.parameters())  # equal but for rounding on unequal devices
         norm = nn.utils.get_total_norm([p.grad for p in self.controller.parameters()], foreach=True)
         self.guard.check(loss.detach(), norm)
         self.optimizers["controller"].step()
@@ -124,13 +126,18 @@ class SearchLoop(ChildLoop):
 
     @torch.no_grad()
     def one_batch_accuracies(self, cells: Sequence[MicroCells], stream: BatchStream, offset: int) -> list[float]:
-        """The accuracy of each architecture on one batch, the `offset`-th and those after it; reads the device once."""
-        shares: list[Tensor] = []
-        for k, one in enumerate(cells):
+        """The accuracy of each architecture on one batch, the `offset`-th and those after it; reads the device once.
+
+        Several processes share the architectures.
+        """
+        shares = torch.zeros(len(cells), dtype=torch.float64, device=self.device)
+        # neighbours to one process: a stream that is read from files is quick in its own order
+        rank, ranks, n = distributed.rank(), distributed.world_size(), len(cells)
+        for k in range(rank * n // ranks, (rank + 1) * n // ranks):
             x, y = stream.batch(*divmod(offset + k, stream.steps_per_epoch))
-            logits, _ = self.forward(x, one)
-            shares.append((logits.argmax(1) == y).double().mean())
-        return torch.stack(shares).tolist()
+            logits, _ = self.forward(x, cells[k])
+            shares[k] = (logits.argmax(1) == y).double().mean()
+        return distributed.sum_(shares).tolist()
 
     def after_steps(self) -> dict[str, Any]:
         """Ten architectures with their accuracy on a batch each, as the source shows them after every phase."""

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import network_cost
-from common.data import ImageData, Stream, hold_out
-from common.engine import derive, read_json
+from common.data import ImageData, hold_out, open_stream
+from common.engine import derive, distributed, read_json
 from common.engine.cli import Config
 from common.nets import Network, build_network
 from common.quant import FLOAT_BITS, CalibratedQuantizer, QuantConv2d, QuantLinear, fold_normalization
 from common.quant.quantizers import ACTIVATION_QUANTIZERS, make_quantizer
 from common.recipes.elapsed import as_list, parts_of
-from common.recipes.setup import load_data, open_run, prepare_torch
+from common.recipes.setup import data_flags, load_data, open_run, prepare_torch, tell
 from common.recipes.train import result_text
 from common.recipes.trained import cost_text, final_figures, load_trained, network_state
 
@@ -93,7 +93,7 @@ def run_post_training(config: Config, *, method: str) -> list[dict[str, Any]]:
         if config.save is not None and len(pairs) > 1:
             one.save = config.save / "w{}a{}".format(*pair)
         results.append(_quantize(source, one, calibration, method))
-    print(table(results))
+    tell(table(results))
     return results
 
 
@@ -116,12 +116,14 @@ def open_source(config: Config) -> Source:
     if not (config.run / "result.json").is_file():
         raise ValueError(f"RUN {config.run}: its training is not finished; go on with it first (--resume {config.run})")
     build = info["build"]
-    root = config.data or (Path(flags["data"]) if flags["data"] else None)
-    names = {"dataset": flags["dataset"], "data_module": flags["data_module"]}
-    data = load_data(Namespace(**names, data=root, image_size=info["data"]["image_size"]))
+    flags_of_data = data_flags(flags) | {"image_size": info["data"]["image_size"]}
+    if config.data is not None:
+        flags_of_data |= {"data": config.data, "trainfile": None, "valfile": None}
+    data = load_data(Namespace(**flags_of_data))
     if (data.info.num_classes, data.info.channels) != (build["num_classes"], build["in_channels"]):
         raise ValueError(
-            f"--data {root}: other classes or channels than {config.run} was trained on; give its own data"
+            f"--data {flags_of_data['data']}: other classes or channels than {config.run} was trained on; "
+            "give its own data"
         )
     network.auxiliary_head = None  # only a training has a use for it
     if config.bn_bits is None:
@@ -146,7 +148,8 @@ def _quantize(source: Source, config: Config, calibration: Callable[[], Calibrat
             f"{source.run} at {config.param_bits} weight and {config.fwd_bits} activation bits, by "
             f"{config.quant_method} on {images:,} training images\nnetwork: {cost_text(cost)}"
         )
-        network.architecture.save(run.folder / "architecture.json")
+        if distributed.is_main():
+            network.architecture.save(run.folder / "architecture.json")
         post_training = {"folded": config.bn_bits is None, "training": source.flags, "source": str(source.run)}
         state = network_state(network.architecture, build, source.data.info)
         state |= {"model": network.state_dict(), "epoch": source.info["epoch"], "post_training": post_training}
@@ -245,7 +248,7 @@ def calibration_batches(source: Source, config: Config) -> list[Tensor]:
     """Training images as the network is tested on them (no augmentation), none of them held out, drawn by the seed."""
     data, flags = source.data, source.flags
     held_out = flags["val_fraction"] and hold_out(data.train.labels, flags["val_fraction"], flags["seed"])
-    stream = Stream(
+    stream = open_stream(
         data.train,
         data.info,
         indices=held_out[0] if held_out else None,

@@ -6,14 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from common.data import ImageData, split_search, take_subset
+from common.data import ImageData, take_subset
 from common.engine import seed_everything
 from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import build_network, load_architecture
-from common.recipes.search_setup import PreparedSearch, cost_term, target_controller
+from common.recipes.parts import Parts, parts_text, search_parts
+from common.recipes.search_setup import PreparedSearch, cost_term, stream_notes, target_controller
 from common.recipes.setup import (
     lay_out,
     load_data,
@@ -51,8 +52,8 @@ def prepare_subnet(config: Config) -> PreparedSearch:
     lay_out(subnet, config).to(device)
     cost = SubnetCost(subnet, info.image_size, accounting=config.cost_accounting).to(device)
     data = data.to(device)
-    loop, held = _loop_arguments(config, data, subnet, cost, device)
-    prepared = PreparedSearch(config, device, data, subnet, cost, loop, held, notes)
+    loop, parts = _loop_arguments(config, data, subnet, cost, device)
+    prepared = PreparedSearch(config, device, data, subnet, cost, loop, parts and parts[1], parts, notes)
     prepared.notes.insert(0, _describe(prepared))
     if config.compile:
         prepare_compiler()
@@ -62,11 +63,14 @@ def prepare_subnet(config: Config) -> PreparedSearch:
 
 def _loop_arguments(
     config: Config, data: ImageData, subnet: Subnet, cost: SubnetCost, device: torch.device
-) -> tuple[dict[str, Any], Tensor | None]:
-    """Arguments of the loop, and the images that train nothing (None: all do). One level: one stream, one loss."""
-    kept, held, labels = None, None, data.train.labels
-    if config.train_portion < 1:
-        kept, held = split_search(labels, config.train_portion, config.seed, config.subset)
+) -> tuple[dict[str, Any], Parts | None]:
+    """Arguments of the loop; the images that train and those that train nothing (None: all do). One level: one stream,
+    one loss.
+    """
+    parts, kept, labels = None, None, data.train.labels
+    if config.search_fraction is not None or config.train_portion < 1:
+        parts = search_parts(config, labels)
+        kept = parts[0]
     elif config.subset < 1:
         kept = take_subset(labels, config.subset, config.seed)
     stream = shorten(training_stream(config, data, device, "search-train", kept), config.steps_per_epoch)
@@ -82,7 +86,7 @@ def _loop_arguments(
         "arch_term": None,
         "controller": controller,
     }
-    return arguments, held
+    return arguments, parts
 
 
 def search_settings(config: Config) -> SearchSettings:
@@ -108,15 +112,18 @@ def _describe(prepared: PreparedSearch) -> str:
     resolved = subnet.network.architecture.name
     name = f"{config.arch} = {resolved}" if resolved not in (None, config.arch) else config.arch
     seen = "" if config.subset == 1 else f"{config.subset:.0%} are seen: "
+    seen += f"{config.train_portion:.0%} of them train weights and bits"
+    if config.search_fraction is not None:
+        seen = parts_text(config, prepared.parts)
     steps = prepared.loop["train_stream"].steps_per_epoch
     lines = [
         f"network: {name}, {config.init_channels} channels, {config.layers} cells, {weights / 1e6:.3f} M weights; "
         f"bits {', '.join(map(str, subnet.bits))} for each of {len(subnet.convolutions)} convolutions",
         f"data: {info.name}, {images:,} training images {info.channels}x{info.image_size}x{info.image_size}, "
-        f"{seen}{config.train_portion:.0%} of them train weights and bits; {steps} steps an epoch, "
+        f"{seen}; {steps} steps an epoch, "
         f"{config.epochs} epochs",
         f"cost: {cost.cheapest / 1e9:.4g} to {cost.dearest / 1e9:.4g} G BitOps can be reached",
     ]
     if config.target_bitops is not None:
         lines.append(f"target: {config.target_bitops / 1e9:.4g} G BitOps, within 10%")
-    return "\n".join(lines)
+    return "\n".join([*lines, *stream_notes(prepared.loop)])

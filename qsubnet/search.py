@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.engine import cli
 from common.engine.cli import Config, Parser
-from common.recipes.flags import resolve_bit_search, run_program
+from common.recipes.flags import add_plan_flags, resolve_bit_search, run_program
 from common.recipes.presets import PRESETS
 
 PROG = "qsubnet/search.py"
@@ -30,6 +30,7 @@ def make_parser() -> Parser:
     cli.add_bit_search_flags(parser)
     cli.add_optimization_flags(parser, "train")
     cli.add_run_flags(parser, "search")
+    add_plan_flags(parser)
     portion = parser.find("--train-portion")
     portion.type, portion.help = cli.number(0.01, 1), "share of the training set that trains; the rest is only measured"
     parser.set_defaults(train_portion=1.0, epochs=50, batch_size=128, learning_rate=0.1, weight_decay=1e-4)

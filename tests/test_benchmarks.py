@@ -216,6 +216,16 @@ def test_scaling(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks(root: Path) -> None:
+    search, training = json.loads(run(root, "ranks.py", "--smoke", "--json"))["rows"]
+    for row in (search, training):
+        seconds = row["seconds"]
+        assert row["strong"] == pytest.approx(seconds["one"] / seconds["strong"] / 2, abs=0.01)
+        assert row["weak"] == pytest.approx(seconds["one"] / seconds["weak"], abs=0.01) and row["bytes"] > 10_000
+    assert (search["messages"], training["messages"]) == (2, 1), "one for each kind of step"
+
+
+@pytest.mark.slow
 def test_features(root: Path) -> None:
     result = json.loads(run(root, "features.py", "--smoke", "--json"))
     assert set(result["variants"]) == {"base", "tensorboard"} and result["steps"] == 4

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.photographs import make_folder
 from tests.helpers.programs import python
 
 METHODS = ("qdarts", "darts", "ptq", "fbqat", "qsubnet", "enas")
 ROOT = Path(__file__).resolve().parents[1]
 # Appended to a documented command, so that it takes seconds; later flags win.
 SMALL = ["--preset", "smoke", "--dataset", "digits", "--epochs", "1", "--batch-size", "16", "--steps-per-epoch", "1"]
+# The same for ImageNet's commands: a few small photographs in its place.
+SMALL_IMAGENET = [*SMALL[:2], *SMALL[4:], "--dataset", "imagenet", "--image-size", "32"]
 # Reachable by every search at smoke size.
 TARGET = "32692634"
 
@@ -82,25 +85,48 @@ def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     python(root, root / "darts/train.py", *few, "--arch", "PC_DARTS", "--save", "trained", cwd=place)
     python(root, root / "qsubnet/search.py", *few, "--arch", "PC_DARTS", "--save", "bits", cwd=place)
     python(root, root / "enas/search.py", *few, "--save", "micro", cwd=place)
-    (place / "gamma_checkpoint.t7").write_bytes(b"")
+    make_folder(place / "photographs")
+    for name in ("gamma_checkpoint.t7", "train.ffcv", "val.ffcv"):
+        (place / name).write_bytes(b"")
     for name, content in files_written_in_documents().items():
         (place / name).write_text(content, encoding="utf-8")
     return {name: place / name for name in ("joint", "trained", "bits", "micro")} | {"place": place}
 
 
+def is_imagenet(words: list[str]) -> bool:
+    """Whether a command reads ImageNet."""
+    return "imagenet" in words or "--trainfile" in words
+
+
+def made_small(arguments: list[str], words: list[str], runs: dict[str, Path]) -> list[str]:
+    """The arguments of a search or training, so that it takes seconds."""
+    arguments = list(arguments)
+    if "--target-bitops" in arguments:
+        arguments[arguments.index("--target-bitops") + 1] = TARGET
+    for flag in ("--trainfile", "--valfile"):  # what reads .ffcv files has tests of its own
+        if flag in arguments:
+            at = arguments.index(flag)
+            arguments[at : at + 2] = ["--data", str(runs["place"] / "photographs")] if flag == "--trainfile" else []
+    arguments += [*(SMALL_IMAGENET if is_imagenet(words) else SMALL), "--no-tensorboard"]
+    if re.search(r"(qdarts|darts|ptq|fbqat)/search", " ".join(words)):
+        arguments += ["--warmup-epochs", "0"]
+    return arguments
+
+
 def filled(words: list[str], runs: dict[str, Path]) -> list[str]:
     """The words behind `python`, with RUN, DIR and the like put in."""
     program, text = words[1], " ".join(words)
+    folder = runs["place"] / "photographs" if is_imagenet(words) else runs["place"]
     needs_training = "--init-from" in words or re.search(r"quantize|evaluate|report", program)
     result = []
     for word in words[1:]:
         if word == "DIR":
-            word = str(runs["place"])
+            word = str(folder)
         elif word == "RUN" or re.fullmatch(r"runs/[\w-]+/RUN", word):
             bits = "qsubnet-search" in word or program == "qsubnet/train.py"
             searched = "bits" if bits else "micro" if program.startswith("enas/") else "joint"
             word = str(runs["trained" if needs_training or "-train/" in word else searched])
-        elif word == "gamma_checkpoint.t7" or word in files_written_in_documents():
+        elif word in ("gamma_checkpoint.t7", "train.ffcv", "val.ffcv") or word in files_written_in_documents():
             word = str(runs["place"] / word)
         if word != "...":  # "and so on"
             result.append(word)
@@ -180,6 +206,8 @@ def test_sweeps_and_tables_are_documented() -> None:
         "table_darts.sh",
         "table_enas.sh",
         "ablations.sh",
+        "table2_imagenet.sh",
+        "--executor slurm",
     ):
         assert name in named, name
 
@@ -204,11 +232,8 @@ def test_documented_commands_run(root: Path, runs: dict[str, Path]) -> None:
             if words[0] != "python" or kind is None or "gamma_checkpoint.t7" in words:
                 continue  # scripts, sweeps and the import of bits have tests of their own
             arguments = filled(words, runs)
-            if "--target-bitops" in arguments:
-                arguments[arguments.index("--target-bitops") + 1] = TARGET
-            if kind.group(1) in ("search", "train"):
-                arguments += [*SMALL, "--no-tensorboard"]
-                arguments += ["--warmup-epochs", "0"] if re.match(r"(qdarts|darts|ptq|fbqat)/search", words[1]) else []
+            if kind.group(1) in ("search", "train") and "--plan" not in words:
+                arguments = made_small(arguments, words, runs)
             if (key := shlex.join(arguments)) in done:
                 continue
             done.add(key)
@@ -216,3 +241,28 @@ def test_documented_commands_run(root: Path, runs: dict[str, Path]) -> None:
                 arguments[0] = str(root / arguments[0])
             python(root, *arguments, cwd=root if arguments[0] == "-m" else place)
     assert len(done) > 40
+
+
+def launched() -> list[list[str]]:
+    """Every documented `torchrun --nproc_per_node=N PROGRAM ...`, each once."""
+    found = {}
+    for _, block in blocks("bash"):
+        for words in commands(block):
+            if words[0] == "torchrun" and "..." not in words:
+                found.setdefault(shlex.join(words), words)
+    return list(found.values())
+
+
+def test_torchrun_is_documented() -> None:
+    assert len(launched()) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", launched(), ids=titled)
+def test_documented_torchrun_runs(words: list[str], root: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Two processes stand for any number of GPUs."""
+    at = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    program, *flags = made_small(filled(["python", *words[at:]], runs), words, runs)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    python(root, *launcher, root / program, *flags, "--save", tmp_path / "run", cwd=tmp_path)
+    assert (tmp_path / "run" / "result.json").is_file()

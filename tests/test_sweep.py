@@ -547,19 +547,54 @@ def test_the_table_has_the_rows_of_the_paper(tmp_path: Path) -> None:
     )
 
 
+def test_the_imagenet_table_has_the_rows_of_the_paper(tmp_path: Path) -> None:
+    """Every method, both sets of bits, on one search; ImageNet in its .ffcv files or as a folder, or digits."""
+    script = ["bash", str(ROOT / "scripts" / "table2_imagenet.sh"), "--dry-run"]
+
+    def planned(*flags: str) -> list[list[str]]:
+        dry = subprocess.run([*script, *flags], capture_output=True, text=True, cwd=tmp_path)
+        assert dry.returncode == 0, dry.stderr
+        return [line.split("\t") for line in dry.stdout.splitlines()]
+
+    lines = planned("--trainfile", "a b.ffcv", "--valfile", "v.ffcv")
+    assert len(lines) == 3 * 17 and {line[2] for line in lines} == {"0", "1", "2"}
+    rows = {(method, setting) for method, setting, _, _ in lines if "search" not in setting}
+    lsq_hwgq = {("fbqat", f"{bits} bits, {name}") for bits in "24" for name in ("HWGQ", "LSQ")}
+    both = {(method, bits) for method in ("qsubnet", "qdarts") for bits in ("{2,4}", "{2,4,8}")}
+    assert rows == {("darts", "fp32")} | {("ptq", f"{bits} bits") for bits in "248"} | lsq_hwgq | both
+    files = f"--dataset imagenet --trainfile '{tmp_path}/a b.ffcv' --valfile {tmp_path}/v.ffcv"
+    assert all((files in line[3]) == (line[0] != "ptq") for line in lines), "ptq takes them from the run"
+    folder = planned("--data", "D", "--size", "small", "--seeds", "0")
+    assert all(f"--data {tmp_path}/D" in line[3] for line in folder)
+    assert not any("imagenet --" in line[3] for line in planned("--size", "smoke")), "needs no file"
+
+
+def test_darts_on_imagenet_is_a_row_when_asked_for(tmp_path: Path) -> None:
+    script = ["bash", str(ROOT / "scripts" / "table_darts.sh"), "--dry-run", "--seeds", "0"]
+    for flags, last in (
+        ([], "--arch PC_DARTS --seed 0"),
+        (["--imagenet", "D"], f"--arch DARTS_V2 --dataset imagenet --data {tmp_path}/D --seed 0"),
+        (["--trainfile", "T", "--valfile", "V"], f"imagenet --trainfile {tmp_path}/T --valfile {tmp_path}/V --seed 0"),
+        (["--size", "smoke"], "--arch DARTS_V2 --preset smoke --image-size 24 --seed 0"),
+    ):
+        dry = subprocess.run([*script, *flags], capture_output=True, text=True, cwd=tmp_path)
+        assert dry.returncode == 0, dry.stderr
+        assert last in dry.stdout.splitlines()[-1]
+
+
 # What the rows of a table are there to differ in, and where they go.
 VARIED = {"arch", "save", "wbits", "abits", "weight_quantizer", "activation_quantizer", "match_bitops"}
 VARIED |= {"match_reference", *CONTENTS}
 
 
 @pytest.mark.parametrize("size", ["paper", "small", "quickstart", "smoke"])
-@pytest.mark.parametrize("name, count", [("table1_cifar10", 10), ("ablations", 10)])
+@pytest.mark.parametrize("name, count", [("table1_cifar10", 10), ("table2_imagenet", 9), ("ablations", 10)])
 def test_one_recipe_for_every_training_of_a_table(
     name: str, count: int, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each program resolves its planned command, presets and defaults of its method included; nothing is trained."""
     plan = read_plan(ROOT / "scripts" / "plans" / f"{name}.json")
-    jobs = plan.jobs([0], plan.values(size, [], tmp_path))
+    jobs = plan.jobs([0], plan.values(size, [f"data={tmp_path}"] if "data" in plan.variables else [], tmp_path))
     # what a search of partial channels leaves behind: the cells
     found = Architecture(lookup("PC_DARTS")[1], search={"supernet": "pc-darts"})
     for job in jobs:

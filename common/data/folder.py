@@ -14,9 +14,8 @@ import torch
 
 from common.data.images import DatasetInfo, ImageData, Split
 from common.data.request import Request
+from common.data.streamed import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _TEST_NAMES = ("val", "test", "valid", "validation")
 _Samples = list[tuple[str, int]]
 
@@ -29,13 +28,7 @@ def load_folder(request: Request) -> ImageData:
     """
     if request.root is None:
         raise ValueError("--dataset folder: give --data ROOT, with ROOT/train/CLASS/* and ROOT/val/CLASS/* (or test)")
-    train_dir, test_dir = _parts(request.root)
-    classes, train = _scan(train_dir)
-    test_classes, test = _scan(test_dir)
-    if classes != test_classes:
-        only = {str(train_dir): set(classes) - set(test_classes), str(test_dir): set(test_classes) - set(classes)}
-        text = "; ".join(f"only in {part}: {', '.join(sorted(names)[:10])}" for part, names in only.items() if names)
-        raise ValueError(f"--data {request.root}: the class folders differ: {text}")
+    classes, train, test = scan_folder(request.root)
     size = request.image_size or _smallest_side(train + test, request)
     _refuse_too_large(request.root, len(train) + len(test), size)
     request.say(f"decoding {len(train)} + {len(test)} images of {len(classes)} classes at {size} pixels")
@@ -53,6 +46,21 @@ def load_folder(request: Request) -> ImageData:
     return ImageData(info, _decode_all(train, size), _decode_all(test, size))
 
 
+def scan_folder(root: Path) -> tuple[list[str], _Samples, _Samples]:
+    """Sorted class names and the (path, class index) of all images of both parts, in torchvision's order.
+
+    Raises ValueError for a missing or empty folder, and for classes that differ between the parts.
+    """
+    train_dir, test_dir = _parts(root)
+    classes, train = scan(train_dir)
+    test_classes, test = scan(test_dir)
+    if classes != test_classes:
+        only = {str(train_dir): set(classes) - set(test_classes), str(test_dir): set(test_classes) - set(classes)}
+        text = "; ".join(f"only in {part}: {', '.join(sorted(names)[:10])}" for part, names in only.items() if names)
+        raise ValueError(f"--data {root}: the class folders differ: {text}")
+    return classes, train, test
+
+
 def _parts(root: Path) -> tuple[Path, Path]:
     if not root.is_dir():
         raise ValueError(f"--data {root}: no such folder")
@@ -62,7 +70,7 @@ def _parts(root: Path) -> tuple[Path, Path]:
     return root / "train", test
 
 
-def _scan(part: Path) -> tuple[list[str], _Samples]:
+def scan(part: Path) -> tuple[list[str], _Samples]:
     """Sorted class names and (path, class index) of all images, in torchvision's order; every class has some."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from common.data.streamed import StreamedSplit
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,30 @@ class Split:
         images, labels = self.images.to(device), self.labels.to(device)
         return self if images is self.images and labels is self.labels else Split(images, labels)
 
+    def select(self, keep: Tensor) -> Split:
+        """The images at these indices (int64), in this order."""
+        return Split(self.images[keep], self.labels[keep])
+
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory: `train` is all that training may see, `test` is read once, at the end."""
+    """A data set: `train` is all that training may see, `test` is read once, at the end."""
 
     info: DatasetInfo
-    train: Split
-    test: Split
+    train: Split | StreamedSplit
+    test: Split | StreamedSplit
 
     def to(self, device: torch.device | str) -> ImageData:
-        """The same set with both splits resident on `device`."""
+        """The same set with both splits resident on `device` (streamed ones stay where they are)."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def first_classes(self, count: int) -> ImageData:
+        """Only the images of the first `count` classes. Raises ValueError (--classes) where there are fewer."""
+        if not 2 <= count <= self.info.num_classes:
+            raise ValueError(f"--classes {count}: {self.info.name} has {self.info.num_classes}; give 2 to that many")
+        info = replace(self.info, num_classes=count, classes=self.info.classes[:count])
+        kept = (split.select((split.labels < count).nonzero().flatten()) for split in (self.train, self.test))
+        return ImageData(info, *kept)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -118,6 +134,6 @@ def check(data: ImageData, source: str) -> ImageData:
             raise ValueError(f"{source}: info.{field} needs one figure per channel ({info.channels})")
     if len(info.classes) != info.num_classes:
         raise ValueError(f"{source}: info.classes names {len(info.classes)} of {info.num_classes} classes")
-    if min(info.std) <= 0 or not 0 <= info.pad:
+    if min(info.std) <= 0 or not info.pad >= 0:
         raise ValueError(f"{source}: info.std must be above 0 and info.pad at least 0")
     return data

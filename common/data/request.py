@@ -13,12 +13,16 @@ DEFAULT_ROOT = Path("data")
 
 @dataclass(frozen=True)
 class Request:
-    """One call of `load`: root and image_size as given (None: not given), and how to tell the user what happens."""
+    """One call of `load`: what was given (None: not given), and how to tell the user what happens."""
 
     root: Path | None
     image_size: int | None
     download: bool
     say: Callable[[str], None]
+    workers: int = 0
+    """Threads that decode images, for sets that are read while they are used."""
+    trainfile: Path | None = None
+    valfile: Path | None = None
 
 
 def missing(name: str, root: Path, expected: str, reason: str = "") -> ValueError:

@@ -29,6 +29,30 @@ def split_search(labels: Tensor, portion: float, seed: int, subset: float = 1.0)
     return _cut(labels, count, seed, "search")
 
 
+def sample_parts(labels: Tensor, fractions: tuple[float, float], seed: int) -> tuple[Tensor, Tensor]:
+    """(train indices, validation indices) of a search on two samples: these shares of every class, one image at least.
+
+    labels: int64 [N]. Both results are sorted int64 tensors on the CPU, disjoint, and the rest is left out. PC-DARTS
+    (arXiv 1907.05737, section 4.4) takes 10% and 2.5% of ImageNet. Raises ValueError (--search-fraction) when the
+    shares add up to more than all, or a class has a single image.
+    """
+    train, valid = fractions
+    if not (train > 0 and valid > 0 and train + valid <= 1 + 1e-9):
+        raise ValueError(f"--search-fraction {train} {valid}: give two shares above 0 that add up to at most 1")
+    labels = labels.cpu()
+    sizes = torch.bincount(labels)
+    small = ((sizes > 0) & (sizes < 2)).nonzero().flatten().tolist()
+    if small:
+        raise ValueError(f"--search-fraction: class {small[0]} has a single image; both parts need one of every class")
+    first = (sizes * train).round().long().clamp_(min=1)
+    second = (sizes * valid).round().long().clamp_(min=1)
+    # Where rounding asks for more than there is, the larger share gives way.
+    first, second = torch.minimum(first, sizes - 1), torch.minimum(second, sizes - torch.minimum(first, sizes - 1))
+    ranks = _ranks(labels, torch.randperm(len(labels), generator=generator(seed, "split", "search parts")))
+    first, second = first[labels], second[labels]
+    return (ranks < first).nonzero().flatten(), ((ranks >= first) & (ranks < first + second)).nonzero().flatten()
+
+
 def take_subset(labels: Tensor, share: float, seed: int) -> Tensor:
     """Sorted int64 indices of round(share x N) images, the same share of each class, of labels int64 [N]."""
     return _cut(labels, round(share * len(labels)), seed, "subset")[0]
@@ -61,13 +85,18 @@ def stratified(labels: Tensor, count: int, order: Tensor) -> Tensor:
     remainders = sorted(range(len(sizes)), key=lambda c: (-(int(sizes[c]) * count % total), c))
     for label in remainders[: count - sum(quotas)]:
         quotas[label] += 1
+    return _ranks(labels, order) < torch.tensor(quotas)[labels]
+
+
+def _ranks(labels: Tensor, order: Tensor) -> Tensor:
+    """int64 [N]: how many images of its own class come before each image in `order`."""
+    sizes = torch.bincount(labels)
     # A stable sort by class keeps `order` within each class; an image's rank is its distance from the class's start.
     by_class = order[torch.argsort(labels[order], stable=True)]
     starts = torch.cumsum(sizes, 0) - sizes
-    ranks = torch.arange(total) - starts[labels[by_class]]
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[by_class] = ranks < torch.tensor(quotas)[labels[by_class]]
-    return chosen
+    ranks = torch.empty_like(by_class)
+    ranks[by_class] = torch.arange(len(labels)) - starts[labels[by_class]]
+    return ranks
 
 
 def _cut(labels: Tensor, count: int, seed: int, purpose: str) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.data._seeds import generator
 from common.data.augment import Normalizer, crop_flip, cutout_
 from common.data.images import DatasetInfo, Split
+from common.data.order import Order
+from common.data.streamed import StreamedBatches, StreamedSplit
 
 
 class _Plan(NamedTuple):
@@ -60,47 +61,38 @@ class Stream:
         the one order, the first for rank 0, so that together they see what one process sees at `ranks` x batch_size.
         Raises ValueError for a batch size or cutout below its least value.
         """
-        if batch_size < 1:
-            raise ValueError(f"--batch-size {batch_size}: must be at least 1")
         if cutout is not None and cutout < 0:
             raise ValueError(f"--cutout-length {cutout}: must be 0 (off) or more pixels")
+        picked = torch.arange(len(split)) if indices is None else indices.cpu()
+        self._order = Order(
+            picked,
+            batch_size=batch_size,
+            seed=seed,
+            name=name,
+            drop_last=drop_last,
+            fill_last=fill_last,
+            rank=rank,
+            ranks=ranks,
+        )
         self._split, self._info, self._device = split.to(device), info, device
-        self._indices = torch.arange(len(split)) if indices is None else indices.cpu()
-        if len(self._indices) == 0:
-            raise ValueError(f"the {name} stream has no images: give another split (--train-portion)")
-        self._batch_size, self._seed, self._name = batch_size, seed, name
         self._augment, self._cutout = augment, cutout or 0
         self._normalize = Normalizer(info.mean, info.std, device)
         self._cached: tuple[int, _Plan] | None = None
-        assert 0 <= rank < ranks and (drop_last or ranks == 1), "ranks share whole batches"
-        assert drop_last or not fill_last, "a last batch is kept as it is, or filled"
-        self._rank, self._ranks = rank, ranks
-        count, together = len(self._indices), batch_size * ranks
-        whole = max(count // together, 1) * together
-        filled = -(-count // together) * together
-        short = drop_last and count < together
-        self._length = filled if fill_last else whole if drop_last else count
-        self.steps_per_epoch: int = -(-self._length // together)
-        notes = []
-        if short:
-            notes.append(f"the {name} stream has {count} images, fewer than one batch of {together}: it wraps around")
+        self.steps_per_epoch: int = self._order.steps
+        self.notes: tuple[str, ...] = self._order.notes
         if self._cutout >= info.image_size:
-            notes.append(
-                f"--cutout-length {cutout}: as large as the images ({info.image_size} pixels); many are wiped out"
+            self.notes += (
+                f"--cutout-length {cutout}: as large as the images ({info.image_size} pixels); many are wiped out",
             )
-        self.notes: tuple[str, ...] = tuple(notes)
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Batch `step` (0 .. steps_per_epoch - 1) of `epoch`: x float32 [B, C, H, W] normalised, y int64 [B].
 
         Raises IndexError for a step outside the epoch.
         """
-        if not 0 <= step < self.steps_per_epoch:
-            raise IndexError(f"step {step} of the {self._name} stream, which has {self.steps_per_epoch} per epoch")
+        here = self._order.positions(step)
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, self._draw(epoch))
-        start = (step * self._ranks + self._rank) * self._batch_size
-        here = slice(start, min(start + self._batch_size, self._length))
         order, top, left, flip, cut_y, cut_x = (None if t is None else t[here] for t in self._cached[1])
         assert order is not None and top is not None and left is not None
         images = self._split.images.index_select(0, order)
@@ -112,18 +104,13 @@ class Stream:
         return x, self._split.labels.index_select(0, order)
 
     def _draw(self, epoch: int) -> _Plan:
-        # One generator per purpose: turning one augmentation on or off leaves the order and the others as they were.
         def random(purpose: str, high: int) -> Tensor:
-            source = generator(self._seed, "stream", self._name, epoch, purpose)
-            return torch.randint(high, (self._length,), generator=source).to(self._device)
+            source = self._order.generator(epoch, purpose)
+            return torch.randint(high, (self._order.length,), generator=source).to(self._device)
 
-        source = generator(self._seed, "stream", self._name, epoch, "order")
-        count = len(self._indices)
-        rounds = [torch.randperm(count, generator=source) for _ in range(-(-self._length // count))]
-        order = self._indices[torch.cat(rounds)[: self._length]].to(self._device)
         size, shifts = self._info.image_size, 2 * self._info.pad + 1
         return _Plan(
-            order=order,
+            order=self._order.epoch(epoch).to(self._device),
             top=random("top", shifts),
             left=random("left", shifts),
             flip=random("flip", 2).bool() if self._info.flip else None,
@@ -132,20 +119,40 @@ class Stream:
         )
 
 
+def open_stream(split: Split | StreamedSplit, info: DatasetInfo, **arguments: Any) -> Stream | StreamedBatches:
+    """The training stream of a split, in memory or not; the arguments are those of `Stream`."""
+    return Stream(split, info, **arguments) if isinstance(split, Split) else split.stream(info, **arguments)
+
+
 def evaluation_batches(
-    split: Split,
+    split: Split | StreamedSplit,
     info: DatasetInfo,
     batch_size: int,
     device: torch.device | str,
     *,
     indices: Tensor | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in order, normalised and nothing else; the last batch may be smaller.
 
-    Yields x float32 [B, C, H, W] and y int64 [B] on `device`. indices: int64, the part to go through (None: all).
+    Yields x float32 [B, C, H, W] and y int64 [B] on `device`. indices: int64, the part to go through (None: all). Of
+    several ranks each takes every `ranks`-th batch: together they see every image once, in the batches of one process.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: must be at least 1")
+    if ranks > 1 or (indices is None and not isinstance(split, Split)):
+        every = torch.arange(len(split)) if indices is None else indices
+        own = every.split(batch_size)[rank::ranks]
+        indices = torch.cat(own) if own else every[:0]  # only its last batch can be incomplete
+    if isinstance(split, Split):
+        return _resident_batches(split, info, batch_size, device, indices)
+    return split.batches(info, batch_size, device, indices.cpu())
+
+
+def _resident_batches(
+    split: Split, info: DatasetInfo, batch_size: int, device: torch.device | str, indices: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     normalize = Normalizer(info.mean, info.std, device)
     order = None if indices is None else indices.to(split.images.device)
     for start in range(0, len(split) if order is None else len(order), batch_size):

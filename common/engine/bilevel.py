@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from common.engine import distributed
+from common.engine.accumulation import Batch, add, as_list, divide
 
 ORDERS = ("first", "finite-difference", "exact")
 
-Batch = tuple[Tensor, Tensor]
 SidePass = Callable[[], AbstractContextManager[object]]
 
 
@@ -70,8 +70,8 @@ def architecture_gradients(
     arch: list[nn.Parameter],
     train_objective: nn.Module,
     valid_objective: nn.Module,
-    train_batch: Batch,
-    valid_batch: Batch,
+    train_batch: Batch | Sequence[Batch],
+    valid_batch: Batch | Sequence[Batch],
     inner: list[InnerGroup] | None,
     order: str,
     side_pass: SidePass,
@@ -81,7 +81,8 @@ def architecture_gradients(
     Args:
         arch: the upper-level parameters; one that the loss does not reach gets ``grad = None``.
         train_objective, valid_objective: ``forward(x, y) -> scalar loss``, each with the model as a submodule.
-        train_batch, valid_batch: ``(x, y)``; the training batch is not read at first order.
+        train_batch, valid_batch: ``(x, y)``, or several whose gradients are averaged; the training batch is not read
+            at first order.
         inner: what the training step moves (:func:`inner_groups`); not read at first order.
         order: one of :data:`ORDERS`.
         side_pass: context in which the model leaves its running quantiser ranges alone.
@@ -96,24 +97,39 @@ def architecture_gradients(
         raise ValueError(f"unknown order {order!r} of the architecture step: choose one of {', '.join(ORDERS)}")
     if order != "first" and not inner:
         raise ValueError(f"order {order!r} needs the inner groups (what the training step moves)")
+    train, valid = as_list(train_batch), as_list(valid_batch)
     with side_pass():
         if order == "first":
-            loss, gradients = _first_order(arch, valid_objective, valid_batch)
+            loss, gradients = _first_order(arch, valid_objective, valid)
         else:
             step = _InnerStep(inner, train_objective, valid_objective)
             second_order = _finite_difference if order == "finite-difference" else _exact
-            loss, gradients = second_order(arch, step, train_batch, valid_batch)
+            loss, gradients = second_order(arch, step, train, valid)
     for parameter, gradient in zip(arch, gradients, strict=True):
         parameter.grad = gradient
     return loss
 
 
-def _first_order(arch: list[nn.Parameter], objective: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+def _first_order(
+    arch: list[nn.Parameter], objective: nn.Module, batches: list[Batch]
+) -> tuple[Tensor, list[Tensor | None]]:
     with _without_gradient(objective, keep=arch):
+        loss, gradients = _gradients(objective, batches, arch)
+    _average([*gradients, loss])
+    return loss, gradients
+
+
+def _gradients(
+    objective: Callable[..., Tensor], batches: list[Batch], wanted: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The mean over the batches of the loss (detached) and of its gradients."""
+    losses, total = [], None
+    for batch in batches:
         loss = objective(*batch)
-        gradients = list(torch.autograd.grad(loss, arch, allow_unused=True))
-    _average(gradients)
-    return loss.detach(), gradients
+        total = add(total, torch.autograd.grad(loss, wanted, allow_unused=True))
+        losses.append(loss.detach().clone())
+    assert total is not None
+    return sum(losses[1:], start=losses[0]) / len(losses), divide(total, len(losses))
 
 
 class _InnerStep:
@@ -144,6 +160,11 @@ class _InnerStep:
                 moved.append(parameter.detach().sub(direction, alpha=group.learning_rate))
         return moved
 
+    def differentiable_gradients(self, batch: Batch) -> list[Tensor | None]:
+        """Gradients of the training loss in the inner variables, with their graph."""
+        loss = self.train_objective(*batch)
+        return list(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
+
     @contextmanager
     def at(self, values: Sequence[Tensor]) -> Iterator[None]:
         """Run with the inner variables at ``values``; the saved copies come back bit for bit."""
@@ -159,13 +180,13 @@ class _InnerStep:
 
 
 def _finite_difference(
-    arch: list[nn.Parameter], step: _InnerStep, train_batch: Batch, valid_batch: Batch
+    arch: list[nn.Parameter], step: _InnerStep, train: list[Batch], valid: list[Batch]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """DARTS: two more alpha gradients of the training loss at w +- R u, u = the scaled validation gradient."""
-    gradients = list(torch.autograd.grad(step.train_objective(*train_batch), step.parameters, allow_unused=True))
+    _, gradients = _gradients(step.train_objective, train, step.parameters)
     _average(gradients)
     with step.at(step.ahead(gradients)):
-        loss, d_arch, v = _both(step.valid_objective(*valid_batch), arch, step.parameters)
+        loss, d_arch, v = _both(step.valid_objective, valid, arch, step.parameters)
     if not step.rate0:
         return loss, d_arch
 
@@ -182,7 +203,7 @@ def _finite_difference(
         for i, direction in zip(moving, u, strict=True):
             shifted[i] = shifted[i] + direction * (sign * radius).to(direction.dtype)
         with step.at(shifted), _without_gradient(step.train_objective, keep=arch):
-            side = list(torch.autograd.grad(step.train_objective(*train_batch), arch, allow_unused=True))
+            _, side = _gradients(step.train_objective, train, arch)
         _average(side)
         sides.append(side)
 
@@ -194,44 +215,60 @@ def _finite_difference(
 
 
 def _exact(
-    arch: list[nn.Parameter], step: _InnerStep, train_batch: Batch, valid_batch: Batch
+    arch: list[nn.Parameter], step: _InnerStep, train: list[Batch], valid: list[Batch]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Double backward: d/d(alpha) of the inner step, contracted with the validation gradient after it.
 
     Written as a vector-Jacobian product of the training gradient, so that each rank differentiates its own
-    gradient and only first-order quantities are averaged.
+    gradient and only first-order quantities are averaged. The graph of a single batch's gradient is kept for it; those
+    of several would take as many times the memory, so they are computed again one by one.
     """
-    train_loss = step.train_objective(*train_batch)
-    own = list(torch.autograd.grad(train_loss, step.parameters, create_graph=True, allow_unused=True))
-    averaged = [None if g is None else g.detach().clone() for g in own]
+    own = step.differentiable_gradients(train[0]) if len(train) == 1 else None
+    if own is not None:
+        averaged = [None if g is None else g.detach().clone() for g in own]
+    else:
+        _, averaged = _gradients(step.train_objective, train, step.parameters)
     _average(averaged)
 
     # The graph above holds w itself, so w cannot move in place: the validation pass reads its substitutes.
     moved = [value.requires_grad_() for value in step.ahead(averaged)]
     substitutes = _by_name(step.valid_objective, step.parameters, moved)
-    loss, d_arch, v = _both(functional_call(step.valid_objective, substitutes, valid_batch), arch, moved)
+    after = lambda *batch: functional_call(step.valid_objective, substitutes, batch)  # noqa: E731
+    loss, d_arch, v = _both(after, valid, arch, moved)
+    vectors = [None if vector is None else vector * rate for vector, rate in zip(v, step.rates, strict=True)]
 
-    pairs = [
-        (g, vector * rate)
-        for g, vector, rate in zip(own, v, step.rates, strict=True)
-        if g is not None and vector is not None and g.requires_grad
-    ]
-    if pairs:
-        outputs, vectors = zip(*pairs, strict=True)
-        implicit = list(torch.autograd.grad(outputs, arch, grad_outputs=vectors, allow_unused=True))
-        _average(implicit)
-    else:
-        implicit = [None] * len(arch)
+    total: list[Tensor | None] | None = None
+    for batch in train:
+        gradients = own if own is not None else step.differentiable_gradients(batch)
+        total = add(total, _contracted(gradients, vectors, arch))
+    assert total is not None
+    implicit = divide(total, len(train))
+    _average(implicit)
     return loss, [_minus(upper, lower, 1.0) for upper, lower in zip(d_arch, implicit, strict=True)]
 
 
+def _contracted(
+    gradients: Sequence[Tensor | None], vectors: Sequence[Tensor | None], arch: list[nn.Parameter]
+) -> list[Tensor | None]:
+    """d/d(alpha) of the sum of gradients times vectors."""
+    pairs = [
+        (g, vector)
+        for g, vector in zip(gradients, vectors, strict=True)
+        if g is not None and vector is not None and g.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(arch)
+    outputs, along = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(outputs, arch, grad_outputs=along, allow_unused=True))
+
+
 def _both(
-    loss: Tensor, arch: list[nn.Parameter], inner: Sequence[Tensor]
+    objective: Callable[..., Tensor], batches: list[Batch], arch: list[nn.Parameter], inner: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """Gradients of one loss with respect to both levels, averaged over the ranks."""
-    gradients = list(torch.autograd.grad(loss, [*arch, *inner], allow_unused=True))
-    _average(gradients)
-    return loss.detach(), gradients[: len(arch)], gradients[len(arch) :]
+    loss, gradients = _gradients(objective, batches, [*arch, *inner])
+    _average([*gradients, loss])
+    return loss, gradients[: len(arch)], gradients[len(arch) :]
 
 
 def _minus(upper: Tensor | None, implicit: Tensor | None, factor: float) -> Tensor | None:

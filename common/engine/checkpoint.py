@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.engine.distributed import world_size
+from common.engine.distributed import is_main, world_size
 from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, write_synced
 
 SCHEMA = 1
@@ -85,9 +85,12 @@ class CheckpointStore:
     def save(self, state: dict[str, Any], *, step: int, epoch: int, note: str = "") -> Path:
         """Write the state after `step` steps and return its folder; then drop the oldest beyond `keep`.
 
-        Raises ValueError for a state that weights_only=True could not load again (naming the entry), OSError when the
-        disk refuses (full, read-only, quota): nothing of the failed save stays and the earlier ones are untouched.
+        On ranks above 0 nothing is written. Raises ValueError for a state that weights_only=True could not load again
+        (naming the entry), OSError when the disk refuses (full, read-only, quota): nothing of the failed save stays and
+        the earlier ones are untouched.
         """
+        if not is_main():
+            return self.folder / f"step-{step:08d}"
         check_loadable(state)
         buffer = io.BytesIO()
         torch.save(state, buffer)

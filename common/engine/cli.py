@@ -68,8 +68,8 @@ FIXED_BITS = (1, 2, 3, 4, 8, 32)
 VOLATILE = frozenset(
     (
         *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
-        *("checkpoint_minutes", "tensorboard", "workers", "data", "threads"),
-        "use_data_parallel",
+        *("checkpoint_minutes", "tensorboard", "workers", "data", "trainfile", "valfile", "threads"),
+        *("use_data_parallel", "plan", "world_size", "gpus_per_node", "link_gbps", "step_seconds"),
         "search_space",  # a place; what the file says is in search_space_digest
     )
 )
@@ -96,17 +96,16 @@ class _Group:
 def add_data_flags(parser: Parser, stage: str) -> None:
     """Which images, how they are augmented, how the training set is divided."""
     add = _Group(parser, "data")
-    add.value("--dataset --set", str, "cifar10", "NAME", "digits, mnist, cifar10, cifar100 or folder")
+    add.value("--dataset --set", str, "cifar10", "NAME", "digits, mnist, cifar10, cifar100, folder or imagenet")
     add.value("--data --data-dir", Path, None, "DIR", "where the data lie, or are downloaded to")
     add.value("--data-module", str, None, "FILE.py:FUNCTION", "data of your own: a function that gives an ImageData")
+    for name, part in (("--trainfile", "training"), ("--valfile", "validation")):
+        add.value(name, Path, None, "X.ffcv", f"ImageNet's {part} images in an FFCV file, in place of --data")
+    parser.fix(reading=None)
     add.value("--image-size", integer(4), None, "N", "resize to N x N pixels (default: the data set's own size)")
-    add.value(
-        "--workers -j --num-workers",
-        integer(0),
-        2,
-        "N",
-        "accepted from the papers' commands; data in memory need no reader processes",
-    )
+    add.value("--classes", integer(2), None, "N", "only the images of the first N classes (default: of all)")
+    readers = "threads that decode ImageNet (default: one a core); data in memory need none"
+    add.value("--workers -j --num-workers", integer(0), 2, "N", readers)
     add.switch("--cutout", False, "cut a square out of every training image")
     add.value("--cutout-length", integer(1), 16, "N", "side of that square in pixels")
     workers = "False: the same as --workers 0"
@@ -116,6 +115,8 @@ def add_data_flags(parser: Parser, stage: str) -> None:
         portion = "share of the training set that trains the weights; the rest trains the architecture"
         add.value("--train-portion", number(0.01, 0.99), 0.5, "F", portion)
         add.value("--subset", number(0.01, 1), 1.0, "F", "share of the training set that the search sees, seeded")
+        parts = "two shares of each class in place of those two flags: for the weights, for the architecture"
+        add.value("--search-fraction", number(0, 1, positive=True), None, "F", parts, nargs="+")
     else:
         add.choice("--select", "last|val", "last", "test the last epoch's weights, or the best on a held-out part")
         held_out = "share of the training set that is held out (default: .1 with --select val, else 0)"
@@ -273,6 +274,10 @@ def add_run_flags(parser: Parser, stage: str) -> None:
     add.switch("--deterministic", False, "only deterministic algorithms (slower on a GPU)")
     add.choice("--device", "auto|cpu|cuda", "auto", "auto: a GPU where there is one")
     add.switch("--use-data-parallel", False, "several GPUs; torchrun starts the processes, and is asked for otherwise")
+    sharing = "batch normalisation and 8-bit ranges by the batches of all processes (default: each by its own)"
+    add.switch("--sync-bn", False, sharing)
+    add.switch("--batch-per-rank", False, "--batch-size counts the images of each process (default: of all together)")
+    add.value("--grad-accumulation", integer(1), 1, "N", "a step averages the gradients of N parts of its batch")
     add.choice("--precision", "fp32|bf16", "fp32", "bf16: autocast")
     add.switch("--compile", False, "torch.compile the network")
     if _is_search(stage):
@@ -341,7 +346,7 @@ def check_run(config: Config) -> list[str]:
 
         if not torch.cuda.is_available():
             errors.append("--device: cuda was asked for, but torch sees no GPU; use --device cpu, or see doctor.py")
-    errors += _check_computing(config)
+    errors += _check_computing(config) + _check_sharing(config)
     if getattr(config, "cuda_graph", "off") == "on":
         errors += _check_graph(config)
     for dest in ("stem_bits", "classifier_bits"):
@@ -377,6 +382,27 @@ def _check_computing(config: Config) -> list[str]:
         errors.append("--compile: needs Triton on a GPU; pip install triton, or leave --compile out")
     if config.compile and not on_gpu and shutil.which(compiler) is None:
         errors.append(f"--compile: needs a C++ compiler on the CPU, and there is no {compiler}; install it or set CXX")
+    return errors
+
+
+def _check_sharing(config: Config) -> list[str]:
+    """Whether the batch can be shared out among processes and parts of a step."""
+    errors, ranks = [], int(os.environ.get("WORLD_SIZE", "1"))
+    parts = config.grad_accumulation * (1 if config.batch_per_rank else ranks)
+    if config.batch_size % parts and not getattr(config, "plan", False):  # which asks for other ranks
+        least = max(1, config.batch_size // parts) * parts
+        among = (
+            f"{config.grad_accumulation} parts"
+            if config.batch_per_rank
+            else (
+                f"{ranks} processes" + (f" of {config.grad_accumulation} parts each" * (config.grad_accumulation > 1))
+            )
+        )
+        errors.append(
+            f"--batch-size: {config.batch_size} images cannot be shared out equally among {among}; give {least}"
+        )
+    if config.sync_bn and config.compile and ranks > 1:
+        errors.append("--sync-bn: processes cannot meet within compiled code; drop it, or --compile")
     return errors
 
 

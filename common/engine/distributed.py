@@ -1,15 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks: the identity on one process, collectives when torch.distributed runs."""
+"""Ranks: the identity on one process, collectives when torch.distributed runs.
+
+Every rank calls the same functions in the same order. What travels in a step is counted (`counted`), since hundreds of
+messages are bound by latency and not by bytes.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """What this rank has handed to reductions: their number, and the bytes of their tensors."""
+
+    messages: int = 0
+    bytes: int = 0
+
+
+_counting: list[Traffic] = []
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """Within it, reductions are counted."""
+    traffic = Traffic()
+    _counting.append(traffic)
+    try:
+        yield traffic
+    finally:
+        # by identity: two that have counted the same are equal
+        _counting[:] = [one for one in _counting if one is not traffic]
+
+
+def _reduce_(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    for traffic in _counting:
+        traffic.messages += 1
+        traffic.bytes += tensor.numel() * tensor.element_size()
+    dist.all_reduce(tensor, operation)
+    return tensor
 
 
 def _running() -> bool:
@@ -22,10 +59,19 @@ def launched() -> bool:
 
 
 def join(device_type: str) -> torch.device:
-    """Meet the other processes that torchrun started, and give this one's device: a GPU of its own, or the CPU."""
+    """Meet the other processes that torchrun started, and give this one's device: a GPU of its own, or the CPU.
+
+    Raises ValueError where there are fewer GPUs than processes.
+    """
     device = torch.device(device_type)
     if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= there:
+            processes = os.environ.get("LOCAL_WORLD_SIZE", "more")
+            raise ValueError(
+                f"--nproc_per_node: {processes} processes, and {there} GPUs here; start {there}, or add --device cpu"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not _running():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
@@ -53,30 +99,67 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def average_(gradients: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over all ranks, in place; nothing to do on one rank.
+def average_(tensors: Iterable[Tensor], sums: Sequence[Tensor] = ()) -> None:
+    """Replace each tensor by its mean over all ranks, in place, and each of `sums` by its sum; nothing on one rank.
 
     Every rank must pass the same shapes in the same order. One all-reduce per dtype and device: hundreds of small
     gradients in a bucket each would be bound by latency.
     """
     if world_size() == 1:
         return
-    buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for gradient in gradients:
-        buckets.setdefault((gradient.dtype, gradient.device), []).append(gradient.detach())
-    for tensors in buckets.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)  # a sum: gloo has no mean
-        flat /= world_size()
-        pieces = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)])
+    buckets: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for position, group in enumerate((tensors, sums)):
+        for tensor in group:
+            bucket = buckets.setdefault((tensor.dtype, tensor.device), ([], []))
+            bucket[position].append(tensor.detach())
+    for means, totals in buckets.values():
+        together = [*means, *totals]
+        flat = _reduce_(torch.cat([tensor.reshape(-1) for tensor in together]))  # a sum: gloo has no mean
+        if means:  # counts of whole numbers are only summed
+            flat[: sum(tensor.numel() for tensor in means)] /= world_size()
+        pieces = flat.split([tensor.numel() for tensor in together])
+        torch._foreach_copy_(together, [piece.view_as(tensor) for piece, tensor in zip(pieces, together, strict=True)])
 
 
 def sum_(tensor: Tensor) -> Tensor:
     """Replace the tensor by its sum over all ranks, in place, and return it."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+    return _reduce_(tensor) if world_size() > 1 else tensor
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over the ranks. Its gradient is the mean of theirs: every rank's loss depends on every rank's value, and
+    the gradients of all losses together, which `average_` divides by the ranks once more, are what is wanted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _reduce_(x.detach().clone(memory_format=torch.contiguous_format)) / world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Mean.apply(gradient)
+
+
+class Reduction:
+    """Statistics over the batches of all ranks, for layers that take them from an argument (`--sync-bn`).
+
+    Every rank holds as many images. `mean` is differentiable as often as wanted; each call is one message forward and
+    one backward.
+    """
+
+    @property
+    def ranks(self) -> int:
+        """How many share a batch."""
+        return world_size()
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the ranks, elementwise."""
+        return _Mean.apply(x) if world_size() > 1 else x
+
+    @torch.no_grad()
+    def maximum(self, x: Tensor) -> Tensor:
+        """The largest over the ranks, elementwise, without gradient."""
+        return _reduce_(x.detach().clone(), dist.ReduceOp.MAX) if world_size() > 1 else x
 
 
 def broadcast(value: Any) -> Any:
@@ -92,3 +175,21 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def first_on_its_machine() -> Iterator[None]:
+    """One rank of each machine goes through the block first, the others after it: what it downloads is there then."""
+    waits = world_size() > 1 and int(os.environ.get("LOCAL_RANK", "0")) > 0
+    if waits:
+        dist.barrier()
+    yield
+    if world_size() > 1 and not waits:
+        dist.barrier()
+
+
+def lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another process has gone, which has an error of its own to show."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

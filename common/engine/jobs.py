@@ -15,10 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from common.engine.files import read_json, write_json
 
@@ -91,6 +91,7 @@ class JobStore:
             "state": state,
             "attempts": attempts,
             "seconds": seconds,
+            "noted": time.time(),
             "log": self.log(job),
         }
         write_json(self.folder / f"{job.id}.json", entry)
@@ -99,6 +100,10 @@ class JobStore:
         """Whether the job has finished and the folder that its command names is still there."""
         writes = any(str(job.folder) in word for word in job.command)
         return self.read(job).get("state") == DONE and (job.folder.is_dir() or not writes)
+
+    def noted(self, job: Job) -> float:
+        """When the job's state was written, in seconds of the clock; 0 where that is not known."""
+        return float(self.read(job).get("noted") or 0)
 
     def seconds(self, job: Job) -> float:
         """Time spent on the job so far."""
@@ -121,30 +126,38 @@ class Executor(Protocol):
         """Ask it to stop as Ctrl-C would, or end it at once; `poll` tells when it is gone."""
 
 
+def python_command(command: Sequence[str]) -> list[str]:
+    """The command with this very Python in place of the word `python` in front."""
+    return [sys.executable, *command[1:]] if command[0] == "python" else list(command)
+
+
 class LocalExecutor:
     """Processes on this machine; the word `python` in front of a command is this very Python.
 
     The log is the lock: a job's process holds it as long as it lives, so that a sweep that starts while an orphan of
-    a killed one still runs does not start the job a second time. `threads`: CPU threads of each process, unless the
-    environment says OMP_NUM_THREADS already.
+    a killed one still runs does not start the job a second time. This process holds it too, until it has heard of the
+    end: other sweeps in the same folder must not find a job that has ended and is not noted yet.
+
+    `threads`: CPU threads of each process, unless the environment says OMP_NUM_THREADS already. `launch`: command ->
+    the words to start.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, launch: Callable[[Sequence[str]], list[str]] | None = None) -> None:
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        self.launch = launch or python_command
+        self._locks: dict[int, IO[bytes]] = {}
         if threads is not None:
             self.environment.setdefault("OMP_NUM_THREADS", str(threads))
 
     def submit(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes] | None:
         """See Executor. Raises OSError when the command does not exist or the log cannot be written."""
-        words = [sys.executable, *command[1:]] if command[0] == "python" else list(command)
+        words = self.launch(command)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as out:
-            try:
-                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None
+        out = log.open("ab")
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # a session of its own: Ctrl-C reaches the sweep alone, which hands it on and waits
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -152,10 +165,21 @@ class LocalExecutor:
                 env=self.environment,
                 start_new_session=True,
             )
+        except BlockingIOError:
+            out.close()
+            return None
+        except OSError:
+            out.close()
+            raise
+        self._locks[process.pid] = out
+        return process
 
     def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
         """See Executor."""
-        return handle.poll()
+        code = handle.poll()
+        if code is not None and (lock := self._locks.pop(handle.pid, None)) is not None:
+            lock.close()
+        return code
 
     def cancel(self, handle: subprocess.Popen[bytes], *, kill: bool = False) -> None:
         """See Executor; reaches the children of the process too."""
@@ -229,7 +253,7 @@ class _Sweep:
                 yield Event("blocked", job)
             elif any(state != DONE for state in needed):
                 continue
-            elif self.store.is_done(job) and self.ran.isdisjoint(job.after):
+            elif self._is_done(job):
                 self.status[job.key] = DONE
                 yield Event("skip", job, seconds=self.store.seconds(job))
             elif len(self.running) < self.slots:
@@ -238,6 +262,13 @@ class _Sweep:
                 elif job.key not in self.busy:
                     self.busy.add(job.key)
                     yield Event("busy", job)
+
+    def _is_done(self, job: Job) -> bool:
+        """Done, and after the last run of what it waits for (another sweep may have seen to it since)."""
+        if not self.store.is_done(job):
+            return False
+        before = [other for other in self.jobs if other.key in job.after and other.key in self.ran]
+        return all(self.store.noted(other) < self.store.noted(job) for other in before)
 
     def _collect(self) -> Iterator[Event]:
         for job, entry in list(self.running.items()):

@@ -28,12 +28,29 @@ class ClassificationMeter:
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor, loss_sum: Tensor | float) -> None:
         """Add a batch: logits [B, classes], targets [B] int64, and the SUM of its samples' losses. No sync."""
+        self.add(self.measure(logits, targets, loss_sum))
+
+    @torch.no_grad()
+    def measure(self, logits: Tensor, targets: Tensor, loss_sum: Tensor | float) -> Tensor:
+        """What `add` takes of a batch, in the logits' type: such tensors may be added up, over ranks too.
+
+        Whole numbers in it are exact up to 2^24 (float32).
+        """
         best = logits.topk(self._top, dim=1).indices
-        hits = best == targets[:, None]
-        self._count.index_add_(0, targets, torch.ones_like(targets))
-        self._correct.index_add_(0, targets, hits[:, 0].long())
-        self._correct_top += hits.sum()
-        self._loss += loss_sum
+        hits = (best == targets[:, None]).to(logits.dtype)
+        found = logits.new_zeros(2 + 2 * self.num_classes)
+        found[0], found[1] = loss_sum, hits.sum()
+        found[2 : 2 + self.num_classes].index_add_(0, targets, torch.ones_like(hits[:, 0]))
+        found[2 + self.num_classes :].index_add_(0, targets, hits[:, 0])
+        return found
+
+    @torch.no_grad()
+    def add(self, measured: Tensor) -> None:
+        """Add what `measure` gave."""
+        self._loss += measured[0]
+        self._correct_top += measured[1].long()
+        self._count += measured[2 : 2 + self.num_classes].long()
+        self._correct += measured[2 + self.num_classes :].long()
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -42,8 +59,7 @@ class ClassificationMeter:
 
     def sum_over_ranks_(self) -> None:
         """Add up what the ranks saw, where each saw a part of the data. Once, before `result`."""
-        for tensor in self.state_dict().values():
-            distributed.sum_(tensor)
+        distributed.average_([], sums=list(self.state_dict().values()))
 
     def result(self) -> dict[str, Any]:
         """loss (mean), top1, top5 (fractions 0..1), n, correct, per_class [(n, correct), ...]. Waits for the device.

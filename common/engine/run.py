@@ -395,6 +395,7 @@ class Run:
             step = place.meta["step"]
             sessions = _read_config(folder).get("sessions", [])
             messages = _cut_back(folder, place.meta["extra"].get("files", {})) + _changes(sessions, environment)
+            messages += _other_ranks(place.meta)
             moved = CheckpointStore(folder / CHECKPOINTS, config_digest=self.digest).abandon_newer(step)
             messages += [f"set aside, being newer than where the run goes on: {path.name}" for path in moved]
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -634,6 +635,11 @@ def _changes(sessions: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> l
     before = sessions[-1] if sessions and isinstance(sessions[-1], dict) else {}
     keys = [key for key in ("git", "versions", "device") if key in before and before[key] != now[key]]
     return [f"not as before, so maybe not bit-exact: {key} {before[key]} -> {now[key]}" for key in keys]
+
+
+def _other_ranks(meta: Mapping[str, Any]) -> list[str]:
+    before, now = meta.get("world_size", 1), distributed.world_size()
+    return [] if before == now else [f"not as before, so not bit-exact: processes {before} -> {now}"]
 
 
 def _csv_line(cells: Sequence[Any]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.engine import distributed
-from common.engine.bilevel import ORDERS, Batch, architecture_gradients, inner_groups
+from common.engine import distributed, preemption
+from common.engine.accumulation import Batch, add, as_list, batches_of, divide
+from common.engine.bilevel import ORDERS, architecture_gradients, inner_groups
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_adam, prepare_sgd
 from common.engine.optimizers import SGD, Adam
 from common.engine.progress import Eta, progress, say
@@ -242,37 +243,45 @@ class SearchLoop:
 
     def one_step(self) -> None:
         """Architecture step (once its epoch has come), then weight step, on this position's batches."""
-        batches = self.train_stream.batch(self.epoch, self.step)
-        if self.architecture_moves():
-            batches = (*batches, *self._valid_batch())
+        moving = self.architecture_moves()
+        batches = batches_of(self.train_stream, self.epoch, self.step)
+        count = len(batches)
+        if moving:
+            batches = [*batches, *self._valid_batches()]
         searching = self.epoch >= self.settings.arch_begin_epoch
         compute = self._compute if self.static is None else self.static
-        compute((searching, len(batches)), *batches)
+        compute((searching, moving, count), *(tensor for batch in batches for tensor in batch))
         self.step += 1
 
-    def _compute(self, variant: tuple[bool, int], *batches: Tensor) -> None:
+    def _compute(self, variant: tuple[bool, bool, int], *tensors: Tensor) -> None:
         """What a step does on the device: training images and labels, then those of the validation half, if any.
 
         Of one variant, steps differ in the contents of tensors and in nothing else, so that they can be captured.
         """
-        searching, _ = variant
-        if len(batches) == 4:
-            self.architecture_step(batches[:2], batches[2:])
-        self.weight_step(batches[:2])
+        searching, moving, count = variant
+        batches = list(zip(tensors[::2], tensors[1::2], strict=True))
+        if moving:
+            self.architecture_step(batches[:count], batches[count:])
+        self.weight_step(batches[:count])
         if self.controller is not None:
             self.controller.update(self.model, searching)
         self.guard.end_of_step()
 
-    def _valid_batch(self) -> Batch:
+    def _valid_batches(self) -> list[Batch]:
         # The validation half is walked on its own: it may be longer or shorter than the training half.
         assert self.valid_stream is not None, "architecture parameters learn on a second stream"
         number = self.global_step // self.settings.arch_every
-        return self.valid_stream.batch(*divmod(number, self.valid_stream.steps_per_epoch))
+        return batches_of(self.valid_stream, *divmod(number, self.valid_stream.steps_per_epoch))
 
-    def architecture_step(self, train_batch: Batch, valid_batch: Batch | None = None) -> None:
-        """One Adam step of alphas and betas on a fresh validation batch (Liu et al. 2019, equations 5-8)."""
+    def architecture_step(
+        self, train_batch: Batch | Sequence[Batch], valid_batch: Batch | Sequence[Batch] | None = None
+    ) -> None:
+        """One Adam step of alphas and betas on a fresh validation batch (Liu et al. 2019, equations 5-8).
+
+        A batch may be several, whose gradients are averaged.
+        """
         s = self.settings
-        valid_batch = self._valid_batch() if valid_batch is None else valid_batch
+        valid_batch = self._valid_batches() if valid_batch is None else valid_batch
         inner = None
         if s.order != "first":
             sgd = [self.optimizers[name] for name in ("weights", "gammas") if name in self.optimizers]
@@ -295,30 +304,45 @@ class SearchLoop:
         self.optimizers["arch"].step()
         self.optimizers["arch"].zero_grad(set_to_none=True)
 
-    def weight_step(self, batch: Batch) -> None:
-        """One SGD step of the weights, and of the gammas where they move with them, on one backward pass."""
-        parameters = self.weights + self.gammas
-        loss = self.train_objective(*batch)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        distributed.average_(g for g in gradients if g is not None)
+    def weight_step(self, batch: Batch | Sequence[Batch]) -> None:
+        """One SGD step of the weights, and of the gammas where they move with them, on one backward pass a batch.
+
+        Afterwards every rank holds the same state, so that one of them can save it for all.
+        """
+        parameters, batches = self.weights + self.gammas, as_list(batch)
+        losses: list[Tensor] = []
+        counts, total = None, None
+        for x, y in batches:
+            loss = self.train_objective(x, y)
+            total = add(total, torch.autograd.grad(loss, parameters, allow_unused=True))
+            losses.append(loss.detach())
+            counts = self._counts(y) if counts is None else counts + self._counts(y)
+        assert total is not None and counts is not None
+        gradients = divide(total, len(batches))
+        loss = torch.stack(losses).mean()
+        if distributed.world_size() > 1:
+            # running statistics of the ranks' own batches: what all of them saw is their mean
+            buffers = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())
+            distributed.average_([*(g for g in gradients if g is not None), loss, *buffers], sums=[counts])
+        self.totals += counts.to(self.totals.dtype)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         norm = _norm(self.weights)
-        self.guard.check(loss.detach(), norm, _norm(self.gammas))
+        self.guard.check(loss, norm, _norm(self.gammas))
         # Weights only: the reference clips neither gammas nor alphas.
         torch.nn.utils.clip_grads_with_norm_(self.weights, self.settings.grad_clip, norm, foreach=True)
         for name in ("weights", "gammas"):
             if name in self.optimizers:
                 self.optimizers[name].step()
                 self.optimizers[name].zero_grad(set_to_none=True)
-        self._count(batch[1])
 
     @torch.no_grad()
-    def _count(self, labels: Tensor) -> None:
+    def _counts(self, labels: Tensor) -> Tensor:
+        """Loss (times images), correct answers and images of the newest batch."""
         objective = self.train_objective
         correct = (objective.logits.argmax(1) == labels).sum()
         images = torch.full_like(objective.loss, len(labels))
-        self.totals += torch.stack([objective.loss * images, correct, images]).to(self.totals.dtype)
+        return torch.stack([objective.loss * images, correct, images])
 
     # ------------------------------------------------------------------------------------------------ epochs
 
@@ -344,6 +368,7 @@ class SearchLoop:
             self.model.train()
             label = f"search {self.epoch + 1}/{self.settings.epochs}"
             for step in progress(range(first, self.steps), total=self.steps, label=label, start=first):
+                preemption.give_way(self.global_step, lambda: self._save(run))
                 self.one_step()
                 if (step + 1) % self.settings.log_every == 0 or step + 1 == self.steps:
                     self._check(run)
@@ -369,7 +394,7 @@ class SearchLoop:
         steps: int,
     ) -> None:
         """Figures of the epoch, the callbacks, and the checkpoint, whose position is the next epoch's first step."""
-        loss, correct, images = distributed.sum_(self.totals.clone()).tolist()
+        loss, correct, images = self.totals.tolist()
         seconds = time.monotonic() - started
         self.summary = {
             "train_loss": loss / images,
@@ -419,7 +444,7 @@ class SearchLoop:
         if state["steps_per_epoch"] != self.steps:
             raise ValueError(
                 f"the checkpoint counts {state['steps_per_epoch']} steps an epoch and these data give {self.steps}: "
-                "resume with the same data, batch size and number of processes"
+                "resume with the same data and --batch-size (with --batch-per-rank: on as many processes)"
             )
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
@@ -507,6 +532,7 @@ def search(
     Raises:
         ValueError: settings or checkpoint that do not fit.
         NonFiniteError: a loss or gradient was not finite; the last good state is in the run's newest checkpoint.
+        Stopped: a signal asked for it (`common.engine.preemption`); the state is saved.
     """
     loop = SearchLoop(
         model,
@@ -521,7 +547,8 @@ def search(
     found = run.resume_state() if run is not None else None
     if found is not None:
         loop.load_state_dict(found[0])
-    return loop.run(run, on_epoch, on_step, evaluate, on_start)
+    with preemption.listening():
+        return loop.run(run, on_epoch, on_step, evaluate, on_start)
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.engine import distributed
+from common.engine import distributed, preemption
+from common.engine.accumulation import batches_of
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_sgd
 from common.engine.metrics import ClassificationMeter
@@ -169,16 +170,28 @@ class _Training:
 
     def one_step(self) -> None:
         """One SGD step on this position's batch; nothing here waits for the device."""
-        x, y = self.stream.batch(self.epoch, self.step)
+        batches = batches_of(self.stream, self.epoch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, plain, logits = self.objective(x, y)
-        loss.backward()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        distributed.average_(gradients)
+        losses: list[Tensor] = []
+        counts: Tensor | None = None
+        for x, y in batches:
+            loss, plain, logits = self.objective(x, y)
+            (loss if len(batches) == 1 else loss / len(batches)).backward()
+            losses.append(loss.detach())
+            found = self.meter.measure(logits.detach(), y, plain.detach() * len(y))
+            counts = found if counts is None else counts + found
+        assert counts is not None
+        mean = torch.stack(losses).mean()
+        if distributed.world_size() > 1:
+            # Afterwards every rank holds the same state, so that one of them can save it for all: the running
+            # statistics of the ranks' own batches become their mean.
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            buffers = (buffer for buffer in self.network.buffers() if buffer.is_floating_point())
+            distributed.average_([*gradients, mean, *buffers], sums=[counts])
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip, foreach=True)
-        self.guard.check(loss.detach(), norm)
+        self.guard.check(mean, norm)
         self.optimizer.step()
-        self.meter.update(logits.detach(), y, plain.detach() * len(y))
+        self.meter.add(counts)
         self.guard.end_of_step()
         self.step += 1
 
@@ -204,6 +217,7 @@ class _Training:
             rate, started, first = self.start_epoch(), time.monotonic(), self.step
             label = f"train {self.epoch + 1}/{settings.epochs}"
             for step in progress(range(first, self.steps), total=self.steps, label=label, start=first):
+                preemption.give_way(self.global_step, self.save)
                 self.one_step()
                 if (step + 1) % settings.log_every == 0 and step + 1 < self.steps:
                     self.write_row(rate, started, self.step - first, {})
@@ -285,7 +299,8 @@ class _Training:
         if state["steps_per_epoch"] != self.steps:
             raise ValueError(
                 f"--resume: the checkpoint counts {state['steps_per_epoch']} steps an epoch and these data give "
-                f"{self.steps}; resume with the same data and --batch-size"
+                f"{self.steps}; resume with the same data and --batch-size (with --batch-per-rank: on as many "
+                "processes)"
             )
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -351,6 +366,7 @@ def train(
     Raises:
         ValueError: a checkpoint of other data.
         NonFiniteError: a loss or gradient was not finite; the last good state is in the newest checkpoint.
+        Stopped: a signal asked for it (`common.engine.preemption`); the state is saved.
     """
     if settings.select == "val" and evaluate is None:
         raise ValueError("--select val: needs a held-out part; give --val-fraction above 0")
@@ -369,7 +385,8 @@ def train(
     found = run.resume_state() if run is not None else None
     if found is not None:
         training.load_state_dict(found[0])
-    return training.run_epochs(on_step)
+    with preemption.listening():
+        return training.run_epochs(on_step)
 
 
 def _pair(output: Any) -> tuple[Tensor, Tensor | None]:

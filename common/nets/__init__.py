@@ -15,6 +15,7 @@ from common.nets.enas_space import MicroCells, MicroNetwork, build_micro_network
 from common.nets.network import Network, build_network
 from common.nets.networks import EvaluationNetwork, network_of
 from common.nets.operations import OPERATIONS
+from common.nets.shared_norm import SharedBatchNorm2d, share_statistics
 from common.nets.supernet import Supernet, build_supernet
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MicroCells",
     "MicroNetwork",
     "Network",
+    "SharedBatchNorm2d",
     "Supernet",
     "build_micro_network",
     "build_network",
@@ -37,4 +39,5 @@ __all__ = [
     "load_architecture",
     "network_of",
     "parse_cells",
+    "share_statistics",
 ]

@@ -32,7 +32,7 @@ from common.nets.enas_layers import (
     moving_norm,
     resolve_layer_types,
 )
-from common.nets.operations import drop_path
+from common.nets.operations import Shard, drop_path
 from common.nets.recompute import recomputed
 from common.quant import QuantLinear
 
@@ -238,6 +238,8 @@ def build_operation(
 class MicroCell(nn.Module):
     """One cell of a fixed architecture, with weights of its own for every use of an operation."""
 
+    shard: Shard = (0, 1)
+
     def __init__(
         self,
         blocks: Sequence[Block],
@@ -276,7 +278,7 @@ class MicroCell(nn.Module):
         branches: list[Tensor] = []
         for node, operation, dropped in zip(self.inputs, self.operations, self.dropped, strict=True):
             out = operation(nodes[node])
-            branches.append(drop_path(out, dropping) if dropped and dropping is not None else out)
+            branches.append(drop_path(out, dropping, self.shard) if dropped and dropping is not None else out)
             if len(branches) == 2:
                 nodes.append(branches[0] + branches[1])
                 branches = []

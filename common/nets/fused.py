@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.nets.shared_norm import reduction_of
 from common.nets.stacks import SeparableStack, StackedEdges, joined_node
-from common.quant import MixedActivation, RunningMaximum, frozen_ranges
+from common.quant import MixedActivation, Reduction, RunningMaximum, frozen_ranges
 from common.quant.kernels import usable
 from common.quant.kernels.levels import Operand, encode
 from common.quant.kernels.pooling import (
@@ -132,7 +133,7 @@ class _FusedEdges(torch.autograd.Function):
         halves, shared = _unpack(ctx.halves, saved[ctx.inputs :])
         needs = ctx.needs_input_grad
         g = gradient.permute(0, 2, 3, 1).contiguous()
-        total = _Gradients(x, strengths, rows, weights, needs)
+        total = _Gradients(ctx.edges, x, strengths, rows, weights, needs)
         first = 0
         for k, primitive in enumerate(ctx.edges.separable):
             count = len(primitive.norms)
@@ -148,8 +149,15 @@ class _Gradients:
     """Sums up the gradients of one backward pass."""
 
     def __init__(
-        self, x: Tensor, strengths: Tensor, rows: Tensor | None, weights: Sequence[Tensor], needs: Sequence[bool]
+        self,
+        edges: StackedEdges,
+        x: Tensor,
+        strengths: Tensor,
+        rows: Tensor | None,
+        weights: Sequence[Tensor],
+        needs: Sequence[bool],
     ) -> None:
+        self.reduction = _of_poolings(edges)
         self.inputs, self.needs = [weight.contiguous() for weight in weights], needs[6:]
         self.needs_x, self.needs_rows = needs[2], rows is not None and needs[5]
         self.strength = strengths.contiguous()
@@ -172,6 +180,7 @@ class _Gradients:
                 k,
                 gradient,
                 self.strengths if last else None,
+                reduction=reduction_of(primitive.norms[position]),
             )
             if self.needs[2 * number + 1]:
                 self.weights[2 * number + 1] = d_weight
@@ -194,7 +203,7 @@ class _Gradients:
 
     def back_shared(self, shared: Shared, x: Tensor, gradient: Tensor) -> None:
         """Back through what the edges share."""
-        found = share_backward(x, shared, self.strength, gradient, self.strengths, self.needs_x)
+        found = share_backward(x, shared, self.strength, gradient, self.strengths, self.needs_x, self.reduction)
         if found is not None:
             self.x = found if self.x is None else self.x.add_(found)
 
@@ -208,7 +217,11 @@ def _share(edges: StackedEdges, x: Tensor, strengths: Tensor) -> tuple[Tensor | 
         columns[_POOLINGS[name]], norms[_POOLINGS[name]] = column, _running(norm)
     if edges.skip:
         columns[SELF] = len(edges.separable) + len(edges.poolings)
-    return share(x, edges.stride, norms, strengths, tuple(columns))
+    return share(x, edges.stride, norms, strengths, tuple(columns), _of_poolings(edges))
+
+
+def _of_poolings(edges: StackedEdges) -> Reduction | None:
+    return reduction_of(edges.norms[0]) if len(edges.norms) else None
 
 
 def _primitive_forward(
@@ -231,7 +244,8 @@ def _primitive_forward(
         y = depthwise(image, window, weights[2 * half])
         middle = _operand(y, primitive.middle[half] if primitive.middle else None, None, groups=edges, relu=False)
         middle.probabilities = probabilities
-        folded = normalise(middle, weights[2 * half + 1], _running(norm), *(strength if last else (None, 0)))
+        by, column = strength if last else (None, 0)
+        folded = normalise(middle, weights[2 * half + 1], _running(norm), by, column, reduction_of(norm))
         halves.append(_Half(image, middle, folded))
         if last:
             out = pointwise(middle, folded, out)

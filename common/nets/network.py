@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.nets.architecture import DARTS, Architecture, BitPolicy, Bits, CellBits
 from common.nets.darts_space import CellPlan, check_image_size, output_channels, plan_cells
-from common.nets.operations import OPERATIONS, ConvFactory, drop_path, plain_convolution, preprocess
+from common.nets.operations import OPERATIONS, ConvFactory, Shard, drop_path, plain_convolution, preprocess
 from common.nets.recompute import recomputed
 from common.quant import FLOAT_BITS, QuantConv2d, QuantLinear, step_parameters
 from common.quant.layers import attach_quantizers
@@ -24,6 +24,8 @@ _FLOAT: Bits = (FLOAT_BITS, FLOAT_BITS)
 
 class Cell(nn.Module):
     """One chosen cell: two input operations, two operations per node, the concatenation of the listed states."""
+
+    shard: Shard = (0, 1)
 
     def __init__(
         self, architecture: Architecture, plan: CellPlan, make_conv: partial[QuantConv2d], bits: CellBits
@@ -55,7 +57,7 @@ class Cell(nn.Module):
             for k in (2 * node, 2 * node + 1):
                 part = self.operations[k](states[self.states[k]])
                 if dropping is not None and not isinstance(self.operations[k], nn.Identity):
-                    part = drop_path(part, dropping)
+                    part = drop_path(part, dropping, self.shard)
                 parts.append(part)
             states.append(parts[0] + parts[1])
         return torch.cat([states[s] for s in self.concat], 1)

@@ -220,8 +220,16 @@ def preprocess(conv: ConvFactory, norm: NormFactory, c_in: int, c_out: int, halv
     return (FactorizedReduce if halve else ReLUConvBN)(conv, norm, c_in, c_out)
 
 
-def drop_path(x: Tensor, probability: float | Tensor) -> Tensor:
-    """Zero whole samples of x [B, ...] with `probability`, scale the rest to keep the mean (Larsson et al., 2017)."""
-    keep = 1.0 - probability
-    mask = torch.empty(x.shape[0], *(1,) * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
-    return x * (mask / keep)
+Shard = tuple[int, int]
+"""(rank, ranks): which part of a batch that several processes share."""
+
+
+def drop_path(x: Tensor, probability: float | Tensor, shard: Shard = (0, 1)) -> Tensor:
+    """Zero whole samples of x [B, ...] with `probability`, scale the rest to keep the mean (Larsson et al., 2017).
+
+    Of several ranks each draws for all of them and takes its own part: together they drop what one process drops, and
+    their generators stay alike.
+    """
+    keep, (rank, ranks), count = 1.0 - probability, shard, x.shape[0]
+    mask = torch.empty(count * ranks, *(1,) * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+    return x * (mask[rank * count : (rank + 1) * count] / keep)

@@ -44,5 +44,6 @@ from common.quant.quantizers import (
     quantize_weight,
     straight_through,
 )
+from common.quant.shared import Reduction, share_first_steps, share_ranges
 
 __all__ = [name for name in dir() if not name.startswith("_")]

@@ -30,6 +30,7 @@ from common.quant.quantizers import (
     quantize_weight,
     reference8,
 )
+from common.quant.shared import Reduction
 
 
 def attach_quantizers(
@@ -210,6 +211,7 @@ class MixedActivation(nn.Module):
         super().__init__()
         self.bits, self.groups, self.scheme, self.signed = bits, groups, scheme, signed_activations
         self.range = RunningMaximum(groups, signed_activations) if 8 in bits and scheme == "default" else None
+        self.range_reduction: Reduction | None = None  # of a scale by the batch alone
 
         self.fused = all(b in LOW_BITS for b in bits)
         # codes know the low bit-widths, and 8 bits without sign after them
@@ -228,7 +230,7 @@ class MixedActivation(nn.Module):
 
     def _level(self, x: Tensor, bits: int, maximum: Tensor | None) -> Tensor:
         if bits == 8 and self.scheme == "reference":
-            return reference8(x, (0, 2, 3), self.groups)
+            return reference8(x, (0, 2, 3), self.groups, self.range_reduction if self.training else None)
         return quantize_activation(x, bits, maximum=maximum if bits == 8 else None, signed=self.signed and bits == 8)
 
     def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:

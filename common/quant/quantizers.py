@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.quant.shared import Reduction
+
 FLOAT_BITS = 32
 """The bit-width that means: not quantised."""
 
@@ -102,16 +104,19 @@ def _uniform(x: Tensor, bits: int, maximum: Tensor, signed: bool) -> Tensor:
     return straight_through(x, value, mask)
 
 
-def reference8(x: Tensor, dims: tuple[int, ...], groups: int = 1) -> Tensor:
+def reference8(x: Tensor, dims: tuple[int, ...], groups: int = 1, reduction: Reduction | None = None) -> Tensor:
     """8 bits as the reference: a scale per channel of dimension 1, non-negative or mid-rise symmetric by the data.
 
     `dims` are the reduced dimensions. The reference takes the non-negative branch when the smallest value is at
     least -0.05 and then spreads 255 steps over max - min from zero (its unused zero point clips the top). With
-    `groups` > 1 the channels are that many tensors side by side, and each takes its own branch.
+    `groups` > 1 the channels are that many tensors side by side, and each takes its own branch. `reduction`: by the
+    data of all ranks.
     """
     with torch.no_grad():
         near = torch.where(x.abs() < ZERO, 0.0, x)  # mid-rise levels jump at zero
         low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+        if reduction is not None:
+            low, high = -reduction.maximum(-low), reduction.maximum(high)
         step = ((high - low) / 255).clamp_min(_TINY)
         unsigned = (near / step).round_().clamp_(0, 255) * step
         half = (2 * torch.maximum(low.abs(), high.abs()) / 255).clamp_min(_TINY)
@@ -219,6 +224,8 @@ class RunningMaximum(nn.Module):
     def __init__(self, groups: int = 1, signed: bool = False) -> None:
         super().__init__()
         self.groups, self.signed, self.frozen = groups, signed, False
+        self.range_reduction: Reduction | None = None
+        self.moved = False  # whether `ready` is known to be true, without reading the device
         shape = (groups,) if groups > 1 else ()
         self.register_buffer("maximum", torch.zeros(shape))
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
@@ -234,7 +241,11 @@ class RunningMaximum(nn.Module):
     def observe(self, batch: Tensor) -> Tensor:
         """Take note of a batch's own range (scalar, or [groups]) and return the one to quantise it with."""
         batch = batch.to(self.maximum.dtype)
-        if self.training and not self.frozen:
+        moves = self.training and not self.frozen
+        if self.range_reduction is not None and (moves or (self.training and not self.moved)):
+            batch = self.range_reduction.maximum(batch)
+        if moves:
+            self.moved = True
             moved = self.maximum + _RANGE_MOMENTUM * (batch - self.maximum)
             self.maximum.copy_(torch.where(self.ready, moved, batch))
             self.ready.fill_(True)
@@ -254,10 +265,13 @@ class ActivationQuantizer(nn.Module):
             raise ValueError("bits: a signed activation needs at least 2 bits (1 bit leaves only the level zero)")
         ranged = bits != FLOAT_BITS and (signed or (bits == 8 and scheme == "default"))
         self.range = RunningMaximum(signed=signed) if ranged else None
+        self.range_reduction: Reduction | None = None  # of a scale by the batch alone
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise x [B, C, ...]."""
         scheme = "reference" if self.scheme == "reference" else "hwgq"
+        if scheme == "reference" and self.bits == 8 and not self.signed and x.dim() == 4:
+            return reference8(x, (0, 2, 3), reduction=self.range_reduction if self.training else None)
         maximum = self.range(x) if self.range is not None else None
         return quantize_activation(x, self.bits, scheme, maximum, self.signed)
 
@@ -299,13 +313,17 @@ class LsqQuantizer(nn.Module):
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
         self.seen = False  # whether `ready` is known to be true, without reading the device
+        self.step_reduction: Reduction | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise x with the learned step; the first call in training sets the step."""
         if self.training and not self.seen:
             self.seen = True
             with torch.no_grad():
-                first = (2 * x.detach().abs().mean() / self.top**0.5).clamp_min(1e-8).to(self.step.dtype)
+                size = x.detach().abs().mean()
+                if self.step_reduction is not None:
+                    size = self.step_reduction.mean(size)
+                first = (2 * size / self.top**0.5).clamp_min(1e-8).to(self.step.dtype)
                 self.step.copy_(torch.where(self.ready, self.step, first))
                 self.ready.fill_(True)
         return self.quantize(x)

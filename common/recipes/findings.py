@@ -26,7 +26,8 @@ from genotypes import Genotype
 
 ROOT = Path(__file__).resolve().parents[2]
 # Flags that the training shares with the search: where the data are, and what computes.
-_PLACES = ("data", "data_module", "image_size", "search_space", "device", "precision")
+_FILES = ("data", "trainfile", "valfile", "data_module")
+_PLACES = (*_FILES, "classes", "image_size", "search_space", "device", "precision")
 
 
 def evaluation_cost(config: Config, data: ImageData, architecture: Architecture) -> Cost:

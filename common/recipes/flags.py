@@ -17,6 +17,7 @@ from typing import Any
 from common.engine import cli
 from common.engine.cli import Config, Parser
 from common.recipes.contents import derive_contents
+from common.recipes.imagenet import check_imagenet, derive_imagenet
 from common.recipes.presets import Preset, presets_for
 
 Derive = Callable[[Config], dict[str, Any]]
@@ -72,7 +73,55 @@ def _parser(
     add_own(parser)
     cli.add_optimization_flags(parser, stage)
     cli.add_run_flags(parser, stage)
+    add_plan_flags(parser)
     return parser
+
+
+def add_plan_flags(parser: Parser) -> None:
+    """What many ranks would take, without them."""
+    add = parser.group("plan").add_argument
+    plan = "print batch, memory, messages and bytes of a rank of --world-size, without any GPU; and stop"
+    add("--plan", action=cli.Switch, default=False, help=plan)
+    add("--world-size", type=cli.integer(1), metavar="N", help="ranks of the plan")
+    add("--gpus-per-node", type=cli.integer(1), metavar="M", help="ranks of a node (default: all on one)")
+    link = "for a modelled time: gigabits a second of the slowest link between ranks, one way"
+    add("--link-gbps", type=cli.number(positive=True), metavar="G", help=link)
+    step = "for a modelled time: a weight step's and an architecture step's seconds, measured on one GPU by --dry-run"
+    add("--step-seconds", type=cli.number(positive=True), nargs="+", metavar="S", help=step)
+
+
+def derive_plan(config: Config) -> dict[str, Any]:
+    """All ranks on one node, where nothing else was said."""
+    wanted = getattr(config, "plan", False) and config.gpus_per_node is None and config.world_size is not None
+    return {"gpus_per_node": config.world_size} if wanted else {}
+
+
+def check_plan(config: Config) -> list[str]:
+    """Rules across the flags of a plan."""
+    if not getattr(config, "plan", False):
+        names = ("world_size", "gpus_per_node", "link_gbps", "step_seconds")
+        given = [name for name in names if getattr(config, name, None) is not None]
+        return [f"--{name.replace('_', '-')}: only has a meaning with --plan; add it or drop this" for name in given]
+    if config.world_size is None:
+        return ["--plan: for how many ranks? give --world-size N, such as --world-size 64 --gpus-per-node 8"]
+    errors = []
+    if config.dry_run:
+        errors.append("--dry-run: runs a step on this machine, --plan plans for another; drop one of the two")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        errors.append("--plan: is made by one process; start it without torchrun")
+    for name in ("save", "resume"):
+        if config.explicit(name):
+            errors.append(f"--{name}: --plan starts no run; drop one of the two")
+    if config.step_seconds is not None and len(config.step_seconds) > 2:
+        errors.append("--step-seconds: a weight step's, and an architecture step's; give at most these two")
+    parts = config.grad_accumulation * (1 if config.batch_per_rank else config.world_size)
+    if config.batch_size % parts:
+        least = max(1, config.batch_size // parts) * parts
+        errors.append(
+            f"--batch-size: {config.batch_size} images cannot be shared out equally among {parts} parts (ranks x "
+            f"--grad-accumulation); give {least}"
+        )
+    return errors
 
 
 def resolve_training(
@@ -88,7 +137,8 @@ def resolve_training(
     `derive` and `validate` are the method's own rules; see `cli.resolve`.
     """
     rules = [*validate, cli.check_train, check_data, check_search_space, check_architecture]
-    return _resolve(parser, argv, presets_for("train", presets), [*derive, cli.derive_train], rules)
+    derive = [partial(derive_imagenet, stage="train"), *derive, cli.derive_train]
+    return _resolve(parser, argv, presets_for("train", presets), derive, rules)
 
 
 def resolve_search(
@@ -101,7 +151,8 @@ def resolve_search(
 ) -> Config:
     """Flags of a search, checked; every error is reported at once (exit code 2). More as in `resolve_training`."""
     rules = [*validate, cli.check_search, check_data, check_search_space, check_own_bits]
-    return _resolve(parser, argv, presets_for("search", presets), [*derive, cli.derive_search], rules)
+    derive = [partial(derive_imagenet, stage="search"), *derive, cli.derive_search]
+    return _resolve(parser, argv, presets_for("search", presets), derive, rules)
 
 
 def resolve_bit_search(
@@ -118,7 +169,7 @@ def resolve_bit_search(
     """
     bits = [cli.check_run, cli.check_bits, cli.check_target]
     rules = [*validate, *bits, check_data, check_search_space, check_architecture]
-    return _resolve(parser, argv, presets, derive, rules)
+    return _resolve(parser, argv, presets, [partial(derive_imagenet, stage="bits"), *derive], rules)
 
 
 def _resolve(
@@ -133,8 +184,8 @@ def _resolve(
         parser,
         argv,
         presets=presets,
-        derive=[derive_search_space, *derive, derive_contents],
-        validate=[*validate, partial(check_launch, prog=parser.prog, argv=argv)],
+        derive=[derive_search_space, *derive, derive_contents, derive_plan],
+        validate=[*validate, check_plan, partial(check_launch, prog=parser.prog, argv=argv)],
     )
 
 
@@ -157,16 +208,17 @@ def check_launch(config: Config, prog: str, argv: Sequence[str]) -> list[str]:
 
 
 def check_data(config: Config) -> list[str]:
-    """The data set's name, brought to the registry's spelling (--data-module gives data without one)."""
+    """The data set's name, brought to the registry's spelling (--data-module gives data without one); its files."""
+    errors = check_imagenet(config)
     if config.data_module is not None:
-        return []
+        return errors
     from common.data import canonical_name
 
     try:
         config.dataset = canonical_name(config.dataset)
     except ValueError as error:
-        return [str(error)]
-    return []
+        return [*errors, str(error)]
+    return errors
 
 
 def derive_search_space(config: Config) -> dict[str, Any]:
@@ -220,25 +272,54 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
     """Run an entry point and give its exit code, with one line in place of a traceback for what the user can cure.
 
     0: done. 2: something that was given is wrong (ValueError). 1: the disk or the network refused, or the training
-    left the finite numbers. 130: interrupted; 141: the reader of our output went away.
+    left the finite numbers. 130: interrupted; 128 + N: stopped by signal N after a checkpoint; 141: the reader of our
+    output went away.
     """
     from common.engine import distributed
     from common.engine.guard import NonFiniteError
+    from common.engine.preemption import Stopped
 
     try:
         main()
         distributed.leave()
     except ValueError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        _report(prog, error)
         return 2
     except BrokenPipeError:
         # the interpreter flushes stdout once more at its end, which would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, NonFiniteError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        _report(prog, error)
         return 1
+    except Stopped as stop:
+        print(f"{prog}: {stop}; --resume auto goes on", file=sys.stderr)
+        distributed.leave()
+        return stop.code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; --resume auto goes on", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not distributed.lost_a_rank(error):
+            _leave_for_launcher(error)
+            raise
+        print(f"{_rank()}{prog}: another process has ended, so this one ends too", file=sys.stderr)
+        return 1
     return 0
+
+
+def _report(prog: str, error: Exception) -> None:
+    """An error in a line; torchrun, which ends the other processes, shows it once more in its summary."""
+    print(f"{_rank()}{prog}: {error}", file=sys.stderr)
+    _leave_for_launcher(error)
+
+
+def _rank() -> str:
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _leave_for_launcher(error: Exception) -> None:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

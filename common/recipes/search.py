@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from common.cost.target import movable_error, within
-from common.data import evaluation_batches
-from common.engine import Run, plain, read_json
+from common.engine import Run, distributed, plain, read_json
+from common.engine.accumulation import batches_of
 from common.engine.cli import Config
 from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
@@ -32,9 +32,11 @@ from common.recipes.findings import (
     genotype_text,
     train_command,
 )
+from common.recipes.parts import save_parts
+from common.recipes.plan import plan_search
 from common.recipes.search_setup import PreparedSearch, prepare_search
-from common.recipes.setup import open_run
-from common.recipes.trained import EVALUATION_BATCH, cost_text, evaluate_network
+from common.recipes.setup import open_run, tell
+from common.recipes.trained import cost_text, evaluate_split
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,15 @@ def run_search(
         ValueError: what does not fit together, with flag, reason and cure.
         NonFiniteError: the search left the finite numbers; the last good state is saved.
     """
-    prepared = prepare(config) if prepare is not None else prepare_search(config, supernet)
-    prepared.loop["arch_term"] = _sum_of(prepared.loop["arch_term"], hooks.arch_term)
+
+    def whole() -> PreparedSearch:
+        found = prepare(config) if prepare is not None else prepare_search(config, supernet)
+        found.loop["arch_term"] = _sum_of(found.loop["arch_term"], hooks.arch_term)
+        return found
+
+    if config.plan:
+        return plan_search(config, whole)
+    prepared = whole()
     if config.dry_run:
         return _dry_run(prepared)
     run = open_run(config, method=method, stage="search", dataset=prepared.data.info.name)
@@ -86,6 +95,8 @@ def run_search(
             return read_json(run.folder / "result.json")
         for note in prepared.notes:
             run.log(note)
+        if config.search_fraction is not None and prepared.parts is not None:
+            save_parts(run, prepared.parts)
         outcome = search(
             prepared.supernet,
             run=run,
@@ -108,11 +119,8 @@ def _sum_of(one: Term | None, other: Term | None) -> Term | None:
 
 def _evaluate(prepared: PreparedSearch, model: nn.Module) -> dict[str, float]:
     """Loss and accuracy of the supernet on the architecture's part of the training set."""
-    info = prepared.data.info
-    batches = evaluation_batches(
-        prepared.data.train, info, EVALUATION_BATCH, prepared.device, indices=prepared.evaluation_indices
-    )
-    found = evaluate_network(model, batches, info.num_classes, prepared.config.precision)
+    data, indices = prepared.data, prepared.evaluation_indices
+    found = evaluate_split(model, data.train, data.info, prepared.config.precision, indices)
     return {"valid_loss": found["loss"], "valid_top1": found["top1"]}
 
 
@@ -148,8 +156,9 @@ def _conclude(
         "version": versions().get("project"),
     }
     architecture = model.architecture(plain(provenance))
-    run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
-    _draw(run, architecture)
+    if distributed.is_main():
+        run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
+        _draw(run, architecture)
     row = epoch_row(prepared, summary)
     command = train_command(config, method, run.folder, hooks.train_flags)
     run.log(f"genotype = {genotype_text(architecture.genotype)}")
@@ -203,7 +212,7 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
     loop = SearchLoop(prepared.supernet, **prepared.loop)
     loop.model.train()
     loop.start_epoch()
-    batch = prepared.loop["train_stream"].batch(0, 0)
+    batches = batches_of(prepared.loop["train_stream"], 0, 0)
     seconds = {"architecture": 0.0, "weight": 0.0}
     steps = {"architecture": loop.architecture_step, "weight": loop.weight_step}
     if not loop.arch:
@@ -211,15 +220,15 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
     for _ in range(2):
         for name, step in steps.items():
             started = time.monotonic()
-            step(batch)
+            step(batches)
             if prepared.device.type == "cuda":
                 torch.cuda.synchronize(prepared.device)
             seconds[name] = time.monotonic() - started
     row = epoch_row(prepared, {})
     searching = max(0, settings.epochs - settings.arch_begin_epoch) / settings.arch_every
     whole = loop.steps * (settings.epochs * seconds["weight"] + searching * seconds["architecture"])
-    print("\n".join(prepared.notes))
-    print(
+    tell("\n".join(prepared.notes))
+    tell(
         f"present choice: {row['exact_bitops'] / 1e9:.4g} G BitOps exact, {row['expected_bitops'] / 1e9:.4g} G expected"
         f"\nsteps of {config.batch_size} images: weights {seconds['weight']:.3f} s, architecture "
         f"{seconds['architecture']:.3f} s ({settings.order}), peak memory {peak_memory_mb(prepared.device):,.0f} MB; "

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from common.cost import ExpectedCost
 from common.cost.target import TargetController, push_scale
-from common.data import ImageData, split_search
+from common.data import ImageData
 from common.engine import CheckpointStore, read_json, seed_everything
 from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import Supernet, build_supernet
 from common.recipes.own_space import load_search_space
+from common.recipes.parts import Parts, parts_text, search_parts
 from common.recipes.setup import (
     lay_out,
     load_data,
@@ -44,6 +45,8 @@ class PreparedSearch:
     """Arguments of `search` and `SearchLoop`: streams, settings, criterion, terms, controller."""
     evaluation_indices: Tensor | None
     """Training images that measure the accuracy; None: all of them train."""
+    parts: Parts | None = None
+    """Both parts of the training set, where there are two."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -93,8 +96,9 @@ def prepare_search(config: Config, supernet: Callable[..., Supernet] | None = No
     ).to(device)
     lay_out(model, config).to(device)
     data = data.to(device)
-    loop, indices = _loop_arguments(config, data, model, cost, device)
-    prepared = PreparedSearch(config, device, data, model, cost, loop, indices, notes)
+    parts = search_parts(config, data.train.labels)
+    loop, indices = _loop_arguments(config, data, model, cost, device, parts)
+    prepared = PreparedSearch(config, device, data, model, cost, loop, indices, parts, notes)
     prepared.notes.insert(0, _describe(prepared))
     if config.compile:
         prepare_compiler()
@@ -103,10 +107,9 @@ def prepare_search(config: Config, supernet: Callable[..., Supernet] | None = No
 
 
 def _loop_arguments(
-    config: Config, data: ImageData, model: Supernet, cost: ExpectedCost, device: torch.device
+    config: Config, data: ImageData, model: Supernet, cost: ExpectedCost, device: torch.device, parts: Parts
 ) -> tuple[dict[str, Any], Tensor]:
     """The streams over the two parts of the training set, the settings, and the cost terms with their controller."""
-    parts = split_search(data.train.labels, config.train_portion, config.seed, config.subset)
     streams = [
         training_stream(config, data, device, name, indices)
         for name, indices in zip(("search-train", "search-valid"), parts, strict=True)
@@ -216,17 +219,19 @@ def _describe(prepared: PreparedSearch) -> str:
     lines = [
         f"supernet: {config.method}, {config.init_channels} channels, {config.layers} cells, {bits}: "
         f"{weights / 1e6:.3f} M weights, {alphas} alphas and betas, {gammas} gammas",
-        f"data: {info.name}, {len(data.train):,} training images {info.channels}x{info.image_size}x{info.image_size},"
-        + ("" if config.subset == 1 else f" of which {config.subset:.0%} are seen:")
-        + f" {config.train_portion:.0%} for weights, the rest for the architecture; "
+        f"data: {info.name}, {len(data.train):,} training images {info.channels}x{info.image_size}x{info.image_size}, "
+        f"{parts_text(config, prepared.parts)}; "
         f"{loop['train_stream'].steps_per_epoch} steps an epoch, {config.epochs} epochs",
         f"cost: of {config.eval_layers} cells of {config.eval_init_channels} channels, {cost.cheapest / 1e9:.4g} to "
         f"{cost.dearest / 1e9:.4g} G BitOps can be reached, {cost.initial / 1e9:.4g} G expected at the start",
     ]
     if config.target_bitops is not None:
         lines.append(f"target: {config.target_bitops / 1e9:.4g} G BitOps, within 10%")
-    return "\n".join([*lines, *(note for key in ("train_stream", "valid_stream") for note in _stream_notes(loop[key]))])
+    return "\n".join([*lines, *stream_notes(loop)])
 
 
-def _stream_notes(stream: Any) -> tuple[str, ...]:
-    return getattr(getattr(stream, "stream", stream), "notes", ())
+def stream_notes(loop: dict[str, Any]) -> list[str]:
+    """What a search's streams have to tell, each thing once."""
+    streams = (loop[key] for key in ("train_stream", "valid_stream"))
+    notes = (getattr(stream, "notes", ()) for stream in streams)
+    return list(dict.fromkeys(note for several in notes for note in several))

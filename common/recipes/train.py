@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.cost import Cost, network_cost
-from common.data import DatasetInfo, ImageData, evaluation_batches, hold_out
-from common.engine import read_json, seed_everything
+from common.data import DatasetInfo, ImageData, hold_out
+from common.engine import distributed, read_json, seed_everything
+from common.engine.accumulation import Batch, batches_of
 from common.engine.cli import Config
 from common.engine.progress import duration
 from common.engine.protocols import BatchStream
@@ -26,6 +26,7 @@ from common.engine.train_loop import TrainSettings, train
 from common.nets import Architecture, Network, build_network, load_architecture
 from common.recipes.elapsed import time_before
 from common.recipes.matching import match_channels, matching_text
+from common.recipes.plan import plan_training, silent_run
 from common.recipes.setup import (
     lay_out,
     load_data,
@@ -34,12 +35,12 @@ from common.recipes.setup import (
     prepare_torch,
     shorten,
     stem_of,
+    tell,
     training_stream,
 )
 from common.recipes.trained import (
-    EVALUATION_BATCH,
     cost_text,
-    evaluate_network,
+    evaluate_split,
     final_figures,
     load_trained,
     mean_bits,
@@ -164,20 +165,12 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
     `on_step` is called with the number of steps done (tests stop a run by it). Raises ValueError for what does not fit,
     NonFiniteError when the training leaves the finite numbers.
     """
+    if config.plan:
+        return plan_training(config, lambda: loop_of(prepare(config)))
     prepared = prepare(config)
     stream, held_out = _streams(prepared)
     settings = training_settings(config)
-    teacher = _teacher(prepared)
-    forward = None
-    if config.compile:
-        prepare_compiler()
-        forward = torch.compile(prepared.network)
-    arguments = {
-        "criterion": nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
-        "num_classes": prepared.data.info.num_classes,
-        "teacher": teacher,
-        "forward": forward,
-    }
+    arguments = _arguments(prepared)
     if config.dry_run:
         return _dry_run(prepared, stream, settings, arguments)
     run = open_run(config, method=method, stage="train", dataset=prepared.data.info.name)
@@ -186,7 +179,8 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
             return read_json(run.folder / "result.json")
         for note in (*prepared.notes, *getattr(stream, "notes", ())):
             run.log(note)
-        prepared.architecture.save(run.folder / "architecture.json")
+        if distributed.is_main():
+            prepared.architecture.save(run.folder / "architecture.json")
         outcome = train(
             prepared.network,
             stream=stream,
@@ -201,6 +195,26 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
         run.log(result_text(result))
         run.finish(result)
         return read_json(run.folder / "result.json")
+
+
+def _arguments(prepared: Prepared) -> dict[str, Any]:
+    """What the loop is told beside network, stream and settings."""
+    teacher, forward = _teacher(prepared), None
+    if prepared.config.compile:
+        prepare_compiler()
+        forward = torch.compile(prepared.network)
+    return {
+        "criterion": nn.CrossEntropyLoss(label_smoothing=prepared.config.label_smoothing),
+        "num_classes": prepared.data.info.num_classes,
+        "teacher": teacher,
+        "forward": forward,
+    }
+
+
+def loop_of(prepared: Prepared) -> tuple[Network, DatasetInfo, BatchStream, TrainSettings, dict[str, Any]]:
+    """What the loop trains, on what, for how long, and what else it is told (for plans and measurements)."""
+    stream, settings = _streams(prepared)[0], training_settings(prepared.config)
+    return prepared.network, prepared.data.info, stream, settings, _arguments(prepared)
 
 
 def training_settings(config: Config) -> TrainSettings:
@@ -228,8 +242,7 @@ def _streams(prepared: Prepared) -> tuple[BatchStream, Callable[[nn.Module], dic
         return shorten(stream, config.steps_per_epoch), None
 
     def measure(network: nn.Module) -> dict[str, Any]:
-        batches = evaluation_batches(data.train, data.info, EVALUATION_BATCH, device, indices=held)
-        return evaluate_network(network, batches, data.info.num_classes, config.precision)
+        return evaluate_split(network, data.train, data.info, config.precision, held)
 
     return shorten(stream, config.steps_per_epoch), measure
 
@@ -259,21 +272,14 @@ def _dry_run(
             torch.cuda.synchronize(prepared.device)
         times.append(time.monotonic())
 
-    quiet = SimpleNamespace(
-        log=lambda text: None,
-        metrics=lambda row, step: rows.append(row),
-        history=lambda row, epoch: None,
-        checkpoints=SimpleNamespace(save=lambda *args, **kwargs: None),
-        resume_state=lambda: None,
-    )
     rows: list[dict[str, Any]] = []
     two = shorten(_Repeated(stream), 2)
     once = replace(settings, epochs=1, warmup_epochs=0, select="last")
-    train(prepared.network, stream=two, settings=once, run=quiet, on_step=stamp, **arguments)
+    train(prepared.network, stream=two, settings=once, run=silent_run(rows), on_step=stamp, **arguments)
     step_seconds = times[1] - times[0]
     whole = step_seconds * stream.steps_per_epoch * settings.epochs
-    print("\n".join(prepared.notes))
-    print(
+    tell("\n".join(prepared.notes))
+    tell(
         f"one step of {prepared.config.batch_size} images: {step_seconds:.3f} s, peak memory "
         f"{rows[-1]['peak_memory_mb']:,.0f} MB; {stream.steps_per_epoch} steps an epoch, {settings.epochs} epochs: "
         f"about {duration(whole)} (evaluation not counted)\ndry run: nothing was written"
@@ -285,11 +291,15 @@ class _Repeated:
     """The first batch of a stream, as often as wanted: an epoch may have a single step."""
 
     def __init__(self, stream: BatchStream) -> None:
-        self.stream, self.steps_per_epoch = stream, 1_000_000
+        self._first, self.steps_per_epoch = batches_of(stream, 0, 0), 1_000_000
 
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, epoch: int, step: int) -> Batch:
         """The stream's first batch."""
-        return self.stream.batch(0, 0)
+        return self._first[0]
+
+    def batches(self, epoch: int, step: int) -> list[Batch]:
+        """All batches of the stream's first step."""
+        return self._first
 
 
 # ------------------------------------------------------------------------------------------------------ the result

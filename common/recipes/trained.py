@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import Cost
-from common.data import DatasetInfo, ImageData, evaluation_batches
-from common.engine import CheckpointStore, ClassificationMeter, load_state, read_json
+from common.data import DatasetInfo, ImageData, Split, StreamedSplit, evaluation_batches
+from common.engine import CheckpointStore, ClassificationMeter, distributed, load_state, read_json
 from common.engine.checkpoint import state_digest
 from common.nets import Architecture, EvaluationNetwork, network_of
 from common.quant import fold_normalization
@@ -25,11 +25,34 @@ EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's ou
 TRAINED_STAGES = ("train", "quantize")  # the stages whose runs end with a network to use
 
 
+def evaluate_split(
+    network: nn.Module,
+    split: Split | StreamedSplit,
+    info: DatasetInfo,
+    precision: str = "fp32",
+    indices: Tensor | None = None,
+) -> dict[str, Any]:
+    """`evaluate_network` on a split or the part `indices` of it. Several processes share its batches and sum up, so
+    that the figures are those of one, whatever their number.
+    """
+    device = next(network.parameters()).device
+    place = {"rank": distributed.rank(), "ranks": distributed.world_size()}
+    batches = evaluation_batches(split, info, EVALUATION_BATCH, device, indices=indices, **place)
+    return evaluate_network(network, batches, info.num_classes, precision, shared=True)
+
+
 @torch.inference_mode()
 def evaluate_network(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, precision: str = "fp32"
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    precision: str = "fp32",
+    shared: bool = False,
 ) -> dict[str, Any]:
-    """loss (cross-entropy), top1, top5 (fractions), n, correct, per_class of a network on every image of `batches`."""
+    """loss (cross-entropy), top1, top5 (fractions), n, correct, per_class of a network on every image of `batches`.
+
+    `shared`: each process has batches of its own, and the figures are of all of them.
+    """
     device = next(network.parameters()).device
     meter = ClassificationMeter(num_classes, device)
     network.eval()
@@ -38,6 +61,8 @@ def evaluate_network(
             output = network(x)
         logits = (output[0] if isinstance(output, tuple) else output).float()
         meter.update(logits, y, nn.functional.cross_entropy(logits, y, reduction="sum"))
+    if shared:
+        meter.sum_over_ranks_()
     return meter.result()
 
 
@@ -55,8 +80,7 @@ def final_figures(
     network: nn.Module, data: ImageData, device: torch.device, build: dict[str, Any], cost: Cost, precision: str
 ) -> dict[str, Any]:
     """The fields of result.json that come from a finished network alone; it is tested here, on every test image."""
-    batches = evaluation_batches(data.test, data.info, EVALUATION_BATCH, device)
-    test = evaluate_network(network, batches, data.info.num_classes, precision)
+    test = evaluate_split(network, data.test, data.info, precision)
     weight, activation = mean_bits(cost)
     return {
         "n_test": len(data.test),

@@ -151,10 +151,10 @@ def test_data_parallel_without_torchrun_names_the_command(
     assert resolved("--use_data_parallel", "1").use_data_parallel
 
 
-def test_imagenet_is_answered_with_what_is_supported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_imagenet_without_its_images_is_told_where_to_get_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         resolved("--dataset", "imagenet")
-    assert stop.value.code == 2 and "--dataset folder --data DIR" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--dataset: imagenet needs --data DIR" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- searches

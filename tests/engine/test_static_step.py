@@ -93,6 +93,22 @@ def test_within_a_step_every_update_is_made_in_place() -> None:
     assert places() == before and len(before) > 12
 
 
+def test_steps_of_one_variant_do_the_same() -> None:
+    """A graph is kept for each variant, so steps with and without a move of the architecture must not share one."""
+    loop, seen = make_loop(Toy(), arch_begin_epoch=0, arch_every=2), {}
+    plain = loop._compute
+
+    def recording(variant: Any, *tensors: Tensor) -> None:
+        before = loop.model.alpha.detach().clone()
+        plain(variant, *tensors)
+        done = (len(tensors), not torch.equal(before, loop.model.alpha))
+        assert seen.setdefault(variant, done) == done
+
+    loop.static = StaticStep(recording, capture=False)
+    loop.run()
+    assert {moved for _, moved in seen.values()} == {True, False}
+
+
 def test_batches_are_copied_into_the_same_memory_and_the_body_runs_once_a_call() -> None:
     seen: list[tuple[Any, int, float]] = []
     step = StaticStep(lambda variant, x: seen.append((variant, x.data_ptr(), float(x.sum()))), capture=False)

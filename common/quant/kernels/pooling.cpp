@@ -230,38 +230,41 @@ void shared_backward(
     }
 }
 
+int kinds_of(const int* columns) { return (columns[0] >= 0) | (columns[1] >= 0) << 1 | (columns[2] >= 0) << 2; }
+
 // The shared candidates' whole way forth and back. `coefficients` holds scale [kind][groups][c] and bias [groups][c],
-// `statistics` the poolings' mean and inverse deviation [2][c] each.
+// `statistics` the poolings' mean and inverse deviation [2][c] each. `known`: the poolings' moments (mean [2][c], then
+// second) over `ranks` times as many pixels; null: this tensor's own.
 template <typename T>
 void share(
     const T* x, int64_t images, int H, int W, int c, int stride, int groups, const Running<T>* running,
-    Strength<T> strengths, const int* columns, T* coefficients, double* statistics, T* out, int threads) {
-    const int kinds = (columns[0] >= 0) | (columns[1] >= 0) << 1 | (columns[2] >= 0) << 2;
-    std::vector<double> mean(2 * c), second(2 * c);
-    if (kinds & 3 && running[kinds & 1 ? 0 : 1].training)
-        pool_moments(x, images, H, W, c, stride, mean.data(), second.data(), threads);
+    Strength<T> strengths, const int* columns, const double* known, int ranks, T* coefficients, double* statistics,
+    T* out, int threads) {
+    const int kinds = kinds_of(columns);
+    std::vector<double> own(4 * c);
+    if (!known && kinds & 3 && running[kinds & 1 ? 0 : 1].training)
+        pool_moments(x, images, H, W, c, stride, own.data(), own.data() + 2 * c, threads);
+    const double* mean = known ? known : own.data();
     T* bias = coefficients + (size_t)KINDS * groups * c;
     fold_shared(
-        mean.data(), second.data(), running, strengths, columns, images * pixels_after(H, W, stride), groups, c,
+        mean, mean + 2 * c, running, strengths, columns, images * pixels_after(H, W, stride) * ranks, groups, c,
         coefficients, bias, statistics, statistics + 2 * c);
     shared_forward(x, images, H, W, c, stride, groups, kinds, coefficients, bias, out, threads);
 }
 
+// Back, first part: the strengths' gradients, and `through` (constant, then linear, [kind][c] each), by which the
+// poolings' gradients depend on their statistics.
 template <typename T>
-void share_backward(
+void share_sums(
     const T* x, const T* g, int64_t images, int H, int W, int c, int stride, int groups, bool training,
-    Strength<T> strengths, const int* columns, const T* coefficients, const double* statistics, Strength<T> d_strengths,
-    T* out, int threads) {
-    const int kinds = (columns[0] >= 0) | (columns[1] >= 0) << 1 | (columns[2] >= 0) << 2, C = groups * c;
+    Strength<T> strengths, const int* columns, const double* statistics, Strength<T> d_strengths, T* through,
+    int threads) {
+    const int C = groups * c;
     std::vector<double> products((size_t)KINDS * C), sums(C);
-    shared_sums(x, g, images, H, W, c, stride, groups, kinds, products.data(), sums.data(), threads);
-    std::vector<T> constant(KINDS * c), linear(KINDS * c);
+    shared_sums(x, g, images, H, W, c, stride, groups, kinds_of(columns), products.data(), sums.data(), threads);
     fold_shared_backward(
         products.data(), sums.data(), strengths, columns, statistics, statistics + 2 * c, training,
-        images * pixels_after(H, W, stride), groups, c, d_strengths, constant.data(), linear.data());
-    if (out)
-        shared_backward(
-            x, g, images, H, W, c, stride, groups, kinds, coefficients, constant.data(), linear.data(), out, threads);
+        images * pixels_after(H, W, stride), groups, c, d_strengths, through, through + KINDS * c);
 }
 
 // One node of a cell with partial channels: out [pixels][width * parts], whose channel i * parts is the sum over edges
@@ -324,17 +327,30 @@ void join_backward(
 #define ENTRIES(T, S)                                                                                                  \
     extern "C" void share_##S(                                                                                         \
         const T* x, int64_t images, int H, int W, int c, int stride, int groups, const Running<T>* running,            \
-        Strength<T> strengths, const int* columns, T* coefficients, double* statistics, T* out, int threads) {         \
+        Strength<T> strengths, const int* columns, const double* known, int ranks, T* coefficients,                    \
+        double* statistics, T* out, int threads) {                                                                     \
         share(                                                                                                         \
-            x, images, H, W, c, stride, groups, running, strengths, columns, coefficients, statistics, out, threads);  \
+            x, images, H, W, c, stride, groups, running, strengths, columns, known, ranks, coefficients, statistics,   \
+            out, threads);                                                                                             \
     }                                                                                                                  \
-    extern "C" void share_backward_##S(                                                                                \
+    extern "C" void pool_moments_##S(                                                                                  \
+        const T* x, int64_t images, int H, int W, int c, int stride, double* out, int threads) {                       \
+        pool_moments(x, images, H, W, c, stride, out, out + 2 * c, threads);                                           \
+    }                                                                                                                  \
+    extern "C" void share_sums_##S(                                                                                    \
         const T* x, const T* g, int64_t images, int H, int W, int c, int stride, int groups, int training,             \
-        Strength<T> strengths, const int* columns, const T* coefficients, const double* statistics,                    \
-        Strength<T> d_strengths, T* out, int threads) {                                                                \
-        share_backward(                                                                                                \
-            x, g, images, H, W, c, stride, groups, training != 0, strengths, columns, coefficients, statistics,        \
-            d_strengths, out, threads);                                                                                \
+        Strength<T> strengths, const int* columns, const double* statistics, Strength<T> d_strengths, T* through,      \
+        int threads) {                                                                                                 \
+        share_sums(                                                                                                    \
+            x, g, images, H, W, c, stride, groups, training != 0, strengths, columns, statistics, d_strengths,         \
+            through, threads);                                                                                         \
+    }                                                                                                                  \
+    extern "C" void share_spread_##S(                                                                                  \
+        const T* x, const T* g, int64_t images, int H, int W, int c, int stride, int groups, const int* columns,       \
+        const T* coefficients, const T* through, T* out, int threads) {                                                \
+        shared_backward(                                                                                               \
+            x, g, images, H, W, c, stride, groups, kinds_of(columns), coefficients, through, through + KINDS * c, out, \
+            threads);                                                                                                  \
     }                                                                                                                  \
     extern "C" void join_##S(                                                                                          \
         int edges, const T* const* heads, const int64_t* head_pitch, const T* const* rests, const int64_t* rest_pitch, \

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.quant.kernels.native import function, pointer
 from common.quant.kernels.separable import Running, RunningEntry, strengths
+from common.quant.shared import Reduction
 
 _INT64 = ctypes.c_int64
 MAXIMUM, MEAN, SELF = 0, 1, 2  # kinds: 3x3 maximum, 3x3 mean (padding not counted), the state itself
@@ -46,11 +47,17 @@ def _geometry(x: Tensor, stride: int, edges: int) -> tuple[ctypes.c_int64, int, 
 
 
 def share(
-    x: Tensor, stride: int, norms: Sequence[Running | None], strength: Tensor, columns: tuple[int, int, int]
+    x: Tensor,
+    stride: int,
+    norms: Sequence[Running | None],
+    strength: Tensor,
+    columns: tuple[int, int, int],
+    reduction: Reduction | None = None,
 ) -> tuple[Tensor, Shared]:
     """Normalised poolings of x and x itself, each times its strength [edges, primitives]: [B, H', W', edges * c].
 
-    `norms` are those of the maximum and of the mean; in training their running statistics move.
+    `norms` are those of the maximum and of the mean; in training their running statistics move. `reduction`: their
+    statistics are those of all ranks' batches.
     """
     batch, height, width, channels = x.shape
     edges = strength.shape[0]
@@ -60,12 +67,20 @@ def share(
     training = any(norm is not None and norm.training for norm in norms)
     shared = Shared(values, statistics, columns, stride, training)
     running = (RunningEntry * 2)(*(RunningEntry() if norm is None else norm.entry() for norm in norms))
+    known = None
+    if training and reduction is not None:
+        known = torch.empty(4 * channels, dtype=torch.float64)
+        geometry = _geometry(x, stride, edges)[:-1]
+        function("pool_moments", x.dtype)(pointer(x), *geometry, pointer(known), torch.get_num_threads())
+        known = reduction.mean(known)
     function("share", x.dtype)(
         pointer(x),
         *_geometry(x, stride, edges),
         running,
         strengths(strength, 0),
         shared.entry(),
+        pointer(known),
+        1 if reduction is None else reduction.ranks,
         *map(pointer, (values, statistics, out)),
         torch.get_num_threads(),
     )
@@ -73,19 +88,38 @@ def share(
 
 
 def share_backward(
-    x: Tensor, shared: Shared, strength: Tensor, gradient: Tensor, strength_gradient: Tensor, wanted: bool
+    x: Tensor,
+    shared: Shared,
+    strength: Tensor,
+    gradient: Tensor,
+    strength_gradient: Tensor,
+    wanted: bool,
+    reduction: Reduction | None = None,
 ) -> Tensor | None:
     """From the gradient of `share`: that of x (None unless wanted); writes those of the strengths."""
-    out = torch.empty_like(x) if wanted else None
-    function("share_backward", x.dtype)(
+    through = x.new_empty(2 * KINDS * x.shape[3])
+    geometry = _geometry(x, shared.stride, strength.shape[0])
+    function("share_sums", x.dtype)(
         *map(pointer, (x, gradient)),
-        *_geometry(x, shared.stride, strength.shape[0]),
+        *geometry,
         int(shared.training),
         strengths(strength, 0),
         shared.entry(),
-        *map(pointer, (shared.values, shared.statistics)),
+        pointer(shared.statistics),
         strengths(strength_gradient, 0),
-        pointer(out),
+        pointer(through),
+        torch.get_num_threads(),
+    )
+    if not wanted:
+        return None
+    if shared.training and reduction is not None:
+        through = reduction.mean(through)
+    out = torch.empty_like(x)
+    function("share_spread", x.dtype)(
+        *map(pointer, (x, gradient)),
+        *geometry,
+        shared.entry(),
+        *map(pointer, (shared.values, through, out)),
         torch.get_num_threads(),
     )
     return out

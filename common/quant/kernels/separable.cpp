@@ -284,16 +284,16 @@ void separable_backward(
 
 // Statistics of the 1x1's output from the moments of its input, and both folded: see fold_normalisation. `values` holds
 // matrix [groups][out][in], the same as [groups][in][out], and bias [groups][out]; `statistics` the 1x1's mean and
-// variance [groups][out] and its input's moments.
+// variance [groups][out] and its input's moments, which `known` says are there already (of `ranks` times as many pixels).
 template <typename T>
 void normalise(
     const Source<T>& s, int64_t images, int64_t pixels, const T* weight, const Running<T>& running,
-    Strength<T> strength, T* values, double* statistics, int threads) {
+    Strength<T> strength, bool known, int ranks, T* values, double* statistics, int threads) {
     const int C = s.channels(), square = C * s.width;
-    if (running.training) moments(s, images, pixels, statistics + 2 * C, statistics + 3 * C, threads);
+    if (running.training && !known) moments(s, images, pixels, statistics + 2 * C, statistics + 3 * C, threads);
     fold_normalisation(
-        weight, statistics + 2 * C, statistics + 3 * C, running, strength, images * pixels, s.groups, s.width, values,
-        values + square, values + 2 * square, statistics, statistics + C);
+        weight, statistics + 2 * C, statistics + 3 * C, running, strength, images * pixels * ranks, s.groups, s.width,
+        values, values + square, values + 2 * square, statistics, statistics + C);
 }
 
 // Back through the folded 1x1: see fold_normalisation_backward.
@@ -341,8 +341,11 @@ void pointwise_backward(
     }                                                                                                                  \
     extern "C" void normalise_##S(                                                                                     \
         const Source<T>* s, int64_t images, int64_t pixels, const T* weight, const Running<T>* running,                \
-        Strength<T> strength, T* values, double* statistics, int threads) {                                            \
-        normalise(*s, images, pixels, weight, *running, strength, values, statistics, threads);                        \
+        Strength<T> strength, int known, int ranks, T* values, double* statistics, int threads) {                      \
+        normalise(*s, images, pixels, weight, *running, strength, known != 0, ranks, values, statistics, threads);     \
+    }                                                                                                                  \
+    extern "C" void moments_##S(const Source<T>* s, int64_t images, int64_t pixels, double* out, int threads) {        \
+        moments(*s, images, pixels, out, out + s->channels(), threads);                                                \
     }                                                                                                                  \
     extern "C" void pointwise_backward_##S(                                                                            \
         const Source<T>* s, const T* g, int64_t images, int64_t pixels, const T* weight, double eps, int training,     \

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.quant.kernels.levels import Operand
 from common.quant.kernels.native import function, pointer
+from common.quant.shared import Reduction
 
 _INT64 = ctypes.c_int64
 
@@ -138,15 +139,29 @@ class Folded:
         return ctypes.c_void_p(self.values.data_ptr() + position * square * self.values.element_size())
 
 
-def normalise(operand: Operand, weight: Tensor, norm: Running, strength: Tensor | None, column: int = 0) -> Folded:
+def normalise(
+    operand: Operand,
+    weight: Tensor,
+    norm: Running,
+    strength: Tensor | None,
+    column: int = 0,
+    reduction: Reduction | None = None,
+) -> Folded:
     """A 1x1 of weight [groups, out, in] on `operand`, batch normalisation (no scale and shift) and a strength per group
-    (column of strength [groups, primitives]; None: one) as one affine map. In training the running statistics move.
+    (column of strength [groups, primitives]; None: one) as one affine map. In training the running statistics move;
+    `reduction`: the statistics are those of all ranks' batches.
     """
     batch, height, width, _ = operand.shape
     channels, square = operand.groups * operand.width, operand.groups * operand.width**2
     values = torch.empty(2 * square + channels, dtype=weight.dtype)
     statistics = torch.empty(3 * channels + square, dtype=torch.float64)
     source, running = operand.source(), norm.entry()
+    known = norm.training and reduction is not None
+    if known:
+        moments = statistics[2 * channels :]
+        size = (_INT64(batch), _INT64(height * width))
+        function("moments", weight.dtype)(ctypes.byref(source), *size, pointer(moments), torch.get_num_threads())
+        moments.copy_(reduction.mean(moments))
     function("normalise", weight.dtype)(
         ctypes.byref(source),
         _INT64(batch),
@@ -154,6 +169,8 @@ def normalise(operand: Operand, weight: Tensor, norm: Running, strength: Tensor 
         pointer(weight),
         ctypes.byref(running),
         strengths(strength, column),
+        int(known),
+        1 if reduction is None else reduction.ranks,
         pointer(values),
         pointer(statistics),
         torch.get_num_threads(),
@@ -189,9 +206,11 @@ def pointwise_backward(
     column: int,
     gradient: Tensor,
     strength_gradient: Tensor | None,
+    reduction: Reduction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Back through the folded 1x1: the gradient of its weight, and `through`, which says how the operand's own gradient
-    depends on the operand (by way of the statistics). Writes the strength's gradient into its column.
+    depends on the operand (by way of the statistics, which all ranks' losses share where there is a `reduction`).
+    Writes the strength's gradient into its column.
     """
     batch, height, width, _ = operand.shape
     d_weight = torch.empty_like(weight)
@@ -212,6 +231,8 @@ def pointwise_backward(
         pointer(through),
         torch.get_num_threads(),
     )
+    if folded.training and reduction is not None:
+        through = reduction.mean(through)
     return d_weight, through
 
 
