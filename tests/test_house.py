@@ -28,11 +28,11 @@ GROUND: frozenset[str] = frozenset()
 ALL_OF_COMMON = frozenset({"genotypes", "common", *(f"common.{wing}" for wing in WINGS)})
 ARROWS = {
     "genotypes": GROUND,
-    "common": GROUND,
-    "common.data": GROUND,
+    "common": GROUND,  # below the wings: how JSON is read
+    "common.data": frozenset({"common"}),
     "common.quant": GROUND,
-    "common.engine": GROUND,
-    "common.nets": frozenset({"common.quant", "genotypes"}),
+    "common.engine": frozenset({"common"}),
+    "common.nets": frozenset({"common", "common.quant", "genotypes"}),
     "common.cost": frozenset({"common.nets", "common.quant", "genotypes"}),
     "common.recipes": ALL_OF_COMMON,
     **dict.fromkeys(METHODS, ALL_OF_COMMON),

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -30,7 +29,8 @@ import torch
 from torch import Tensor
 
 from common.engine.distributed import is_main, world_size
-from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, write_synced
+from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, read_regular, write_synced
+from common.engine.safe_load import load_plain
 
 SCHEMA = 1
 STATE, META = "state.pt", "meta.json"
@@ -48,10 +48,7 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     but tensors and plain values (the message then names the refused global).
     """
     data, meta = _verified(Path(path))
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}/{STATE}: refused or unreadable: {_reason(error)}") from error
+    state = load_plain(data, f"{path}/{STATE}")
     if not isinstance(state, dict):
         raise ValueError(f"{path}/{STATE}: holds a {type(state).__name__}, not a dict of states")
     return state, meta
@@ -269,12 +266,11 @@ def _verified(path: Path) -> tuple[bytes, dict[str, Any]]:
     name = _NAME.fullmatch(path.name)  # None while it is still being written, or when a user gave the copy a name
     if name is not None and int(name[1]) != meta["step"]:
         raise ValueError(f"{path}: holds step {meta['step']}, not the one in its name")
-    try:
-        data = (path / STATE).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}/{STATE}: cannot be read ({error.strerror or error})") from error
     entry = meta["files"].get(STATE)
-    if not isinstance(entry, dict) or entry.get("bytes") != len(data):
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+        raise ValueError(f"{path}/{META}: does not say how long {STATE} is")
+    data = read_regular(path / STATE, entry["bytes"], "state")
+    if entry["bytes"] != len(data):
         raise ValueError(f"{path}/{STATE}: {len(data):,} bytes, not as many as meta.json says: truncated or replaced")
     if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
         raise ValueError(f"{path}/{STATE}: its sha256 does not fit meta.json; the file was damaged or replaced")
@@ -291,14 +287,6 @@ def _parse(path: Path) -> tuple[int, bool]:
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1]), match[2] is None
-
-
-def _reason(error: BaseException) -> str:
-    """torch's refusal without its advice to load with full trust."""
-    advice = ("Re-running", "Please file", "Check the documentation", "To execute", "Please use")
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not any(word in line for word in advice)]
-    return " ".join(kept)[:600] or type(error).__name__
 
 
 def _to_stderr(text: str) -> None:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from pathlib import Path
 from typing import Any
+
+from common.strict_json import parse_json
 
 TEMPORARY = ".tmp-"  # the prefix of everything unfinished; nobody reads such a name
 MAX_JSON_BYTES = 16 * 2**20
@@ -75,16 +78,36 @@ def write_json(path: Path, value: Any) -> Path:
     return write_bytes(path, text.encode() + b"\n")
 
 
-def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """Read a JSON file as data. Raises ValueError naming the file: missing, too large, too deep or not JSON."""
+def read_regular(path: Path, limit: int, what: str = "content") -> bytes:
+    """All bytes of a regular file. Raises ValueError naming the file: missing, a folder, a device or pipe (which may
+    never end), or more than `limit` bytes of `what`.
+    """
     path = Path(path)
     try:
-        if path.stat().st_size > limit:
-            raise ValueError(f"{path}: {path.stat().st_size:,} bytes of JSON; at most {limit:,} are read")
-        return json.loads(path.read_bytes())
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise ValueError(f"{path}: cannot be read (Is a directory)")
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path}: cannot be read (a device or a pipe, not a file)")
+        if found.st_size > limit:
+            raise ValueError(f"{path}: {found.st_size:,} bytes of {what}; at most {limit:,} are read")
+        with open(path, "rb") as file:
+            # No more than its size said, or a little where that says 0 (the system's own files): never all that flows.
+            data = file.read(min(limit, max(found.st_size, 2**16)) + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except RecursionError:
-        raise ValueError(f"{path}: JSON nested too deeply") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    if len(data) > limit:
+        raise ValueError(f"{path}: more than {limit:,} bytes of {what}, which are not read")
+    return data
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file as data. Raises ValueError naming the file: missing, too large, too deep or not JSON.
+
+    What counts as JSON: see `parse_json`.
+    """
+    data = read_regular(path, limit, "JSON")
+    try:
+        return parse_json(data)
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common.engine.files import read_json
+
 _TRUE = frozenset(("true", "yes", "on", "t", "y", "1"))
 _FALSE = frozenset(("false", "no", "off", "f", "n", "0"))
 
@@ -92,9 +94,10 @@ def one_of(*values: int) -> Callable[[str], int]:
 
     @_kind("int")
     def convert(text: str) -> int:
-        if not text.isdigit() or int(text) not in values:
-            raise ValueError(f"{text!r} is not offered; give one of {', '.join(map(str, values))}")
-        return int(text)
+        known = {str(value): value for value in values}
+        if text not in known:
+            raise ValueError(f"{text!r} is not offered; give one of {', '.join(known)}")
+        return known[text]
 
     return convert
 
@@ -438,6 +441,9 @@ def _scan(parser: Parser, argv: Sequence[str], errors: _Errors) -> dict[str, Any
     tokens = deque(argv)
     while tokens:
         token = tokens.popleft()
+        if not _is_text(token):
+            errors.append(f"{token[:60]!r}: is no text of UTF-8; rename the file or folder that it names")
+            continue
         if not _looks_like_flag(token):
             loose.append(token)
             continue
@@ -456,6 +462,15 @@ def _scan(parser: Parser, argv: Sequence[str], errors: _Errors) -> dict[str, Any
         _accept(parser, action, name, raw, given, errors)
     _positionals(parser, loose, given, errors)
     return given
+
+
+def _is_text(value: str) -> bool:
+    """Whether logs and file systems can take it: no lone surrogate (bytes that are no UTF-8), no NUL."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
 
 
 def _unknown(name: str, parser: Parser) -> tuple[str, argparse.Action | None]:
@@ -561,12 +576,9 @@ def _positionals(parser: Parser, loose: list[str], given: dict[str, Any], errors
 def _read_config(parser: Parser, path: Path, errors: _Errors) -> dict[str, Any]:
     """{dest: value} of a JSON file of flags; keys in any spelling, values typed like the flags."""
     try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        errors.append(f"--config: cannot read {path}: {error.strerror}; give a JSON file of flags")
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        errors.append(f'--config: {path} is not JSON ({error}); it holds one object, such as {{"seed": 1}}')
+        content = read_json(path)
+    except ValueError as error:
+        errors.append(f'--config: {error}; give a JSON file of flags, one object such as {{"seed": 1}}')
         return {}
     if not isinstance(content, dict):
         errors.append(f'--config: {path} holds no object; it must be one, such as {{"seed": 1}}')
@@ -603,6 +615,8 @@ def _from_json(action: argparse.Action, value: Any) -> dict[str, Any]:
             fits = fits and isinstance(item, int | float)
         if kind in ("text", "choice"):
             fits = fits and isinstance(item, str)
+        if fits and isinstance(item, str) and not _is_text(item):
+            raise ValueError(f"{item[:60]!r} is no text of UTF-8")
         if not fits:
             wanted = {"int": "a number", "float": "a number", "bitops": "a number or text like 2.2G"}.get(kind, "text")
             raise ValueError(f"{json.dumps(item)} has the wrong type; give {'true or false' if wants_bool else wanted}")

@@ -19,6 +19,7 @@ from common.nets.darts_space import validate_genotype
 from common.nets.enas_space import MicroCells
 from common.nets.operations import OPERATIONS
 from common.quant import SUPPORTED_BITS
+from common.strict_json import parse_json
 from genotypes import Genotype, lookup
 
 SCHEMA = 1
@@ -171,13 +172,19 @@ class Architecture:
         }
 
     def save(self, path: Path) -> Path:
-        """Write the JSON file (aside, synced, then renamed); return its path."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(aside, "w", encoding="utf-8") as out:
-            out.write(json.dumps(self.to_json(), indent=2) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        aside.replace(path)
+        """Write the JSON file (aside, synced, then renamed); return its path. OSError names it and leaves no debris."""
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            with open(aside, "w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            aside.replace(path)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        finally:
+            aside.unlink(missing_ok=True)
         return path
 
     @staticmethod
@@ -389,8 +396,8 @@ def load_architecture(name_or_path: str | Path) -> Architecture:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for an architecture")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            data = parse_json(path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path}: not a JSON file: {error}") from error
         return Architecture.from_json(data, str(path))
     if path.suffix == ".json" or path.parent != Path("."):

@@ -7,7 +7,6 @@ fifth is never read (specs: defect 1). Here every quantised primitive has its ow
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.engine.files import read_regular
+from common.engine.safe_load import load_plain
 from common.nets import Architecture, BitPolicy, CellBits
 from common.nets.darts_space import edge_index, is_reduction
 
@@ -23,6 +24,9 @@ BITS_BY_CHOICES = {2: (2, 4), 3: (2, 4, 8)}
 
 SLOTS = {"sep_conv_3x3": 0, "sep_conv_5x5": 1, "dil_conv_3x3": 2, "dil_conv_5x5": 3, "skip_connect": 5}
 """Row of each primitive in the reference's six."""
+
+_MAX_FILE_BYTES = 64 * 2**20  # a search of eight cells takes ten kilobytes
+_MAX_CELLS = 1000
 
 # The reference keeps twelve tensors in this order when it saves a list; `n` and `r` are the normal and reduction cells.
 NAMES = tuple(
@@ -39,12 +43,9 @@ def read_gammas(path: Path) -> dict[str, Tensor]:
     Read as data only (weights_only): a list or tuple in the order of NAMES, or a mapping with these names.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        # not torch's own text: it advises to load with full trust
-        raise ValueError(
-            f"--weights-path {path}: cannot be read as plain tensors; give a gamma_checkpoint.t7 of NablaQDARTS"
-        ) from error
+        loaded = load_plain(read_regular(path, _MAX_FILE_BYTES, "gammas"), str(path))
+    except ValueError as error:
+        raise ValueError(f"--weights-path {error}; give a gamma_checkpoint.t7 of NablaQDARTS, tensors alone") from error
     if isinstance(loaded, Mapping):
         named = {str(name).removeprefix("module."): value for name, value in loaded.items()}
         if missing := [name for name in NAMES if name not in named]:
@@ -66,7 +67,7 @@ def _check_shapes(tensors: Mapping[str, object], path: Path) -> None:
         raise ValueError(f"--weights-path {path}: {NAMES[0]} has {choices} bit choices; the reference has 2 or 3")
     for name, tensor in tensors.items():
         tail = (choices,) if "preprocess" in name else (14, 6, choices)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != tail:
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) != tail or not _is_plain(tensor):
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"--weights-path {path}: {name} is {shape}; expected [cells, {', '.join(map(str, tail))}]")
         kind = name.removeprefix("gamma_activ_cell").removeprefix("gamma_weight_cell")[0]
@@ -75,6 +76,12 @@ def _check_shapes(tensors: Mapping[str, object], path: Path) -> None:
             raise ValueError(f"--weights-path {path}: {name} has {tensor.shape[0]} cells, others {same.shape[0]}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"--weights-path {path}: {name} holds values that are not finite")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it lies there as numbers, no more than a supernet has: a file may claim any shape of a few bytes."""
+    usual = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+    return usual and 1 <= tensor.shape[0] <= _MAX_CELLS
 
 
 def import_gammas(architecture: Architecture, path: Path, mapping: str = "relative") -> Architecture:

@@ -268,7 +268,7 @@ def test_what_a_program_fixes_is_no_flag_and_no_preset_moves_it(capsys: pytest.C
         ('{"epochs": [2]}', ("'epochs'", "list")),
         ('{"method": true}', ("'method'", "text")),
         ("[1]", ("object",)),
-        ("{", ("not JSON",)),
+        ("{", ("not valid JSON",)),
     ],
 )
 def test_bad_config_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, words: Any) -> None:

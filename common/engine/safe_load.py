@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch saved, read as data and never as code: tensors and plain values, or a refusal that names the culprit."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_ADVICE = ("Re-running", "Please file", "Check the documentation", "To execute", "Please use")
+_USUAL = ("torch", "collections")
+
+
+def load_plain(data: bytes, where: str) -> Any:
+    """The tensors (on the CPU) and plain values in `data`, which torch.save wrote.
+
+    Raises ValueError that begins with `where` for anything else; what would have run code is told by the name of the
+    refused global, and nothing of it is imported or called.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on how else such a file could be loaded
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # made-up bytes make the reader fail in any way there is; it fails here, by name
+        raise ValueError(f"{where}: refused or unreadable: {_reason(error, data)}") from error
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """torch's refusal without its advice to load with full trust, and the globals where it did not name one."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not any(word in line for word in _ADVICE)]
+    text = " ".join(kept)[:600] or type(error).__name__
+    strange = [name for name in named_globals(data) if name.split(".")[0] not in _USUAL and name not in text]
+    return f"it asks for {', '.join(strange[:5])[:300]} ({text})" if strange else text
+
+
+def named_globals(data: bytes) -> list[str]:
+    """The dotted names of everything that a pickle (or torch's archive of one) would import, each once, in order.
+
+    The pickle's codes are listed, not followed; what is cut off or no pickle names what came before.
+    """
+    found: dict[str, None] = {}
+    texts: list[str] = []
+    memo: dict[int, str] = {}
+    stream = io.BytesIO(_pickle_of(data))
+    try:
+        for code, argument in _codes(stream):
+            if code.name in ("GLOBAL", "INST"):
+                found[str(argument).replace(" ", ".")] = None
+            elif code.name == "STACK_GLOBAL" and len(texts) > 1:
+                found[".".join(texts[-2:])] = None
+            elif code.name == "MEMOIZE":
+                memo[len(memo)] = texts[-1] if texts else ""
+            elif code.name in ("BINGET", "LONG_BINGET", "GET"):
+                texts.append(memo.get(int(argument), "?"))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    except Exception:  # the end of what is a pickle; pickletools raises whatever the bytes make it raise
+        return list(found)
+    return list(found)
+
+
+def _codes(stream: io.BytesIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """(code, argument) of all pickles in a row: torch's older files hold several."""
+    while stream.tell() < len(stream.getbuffer()):
+        for code, argument, _ in pickletools.genops(stream):
+            yield code, argument
+
+
+def _pickle_of(data: bytes) -> bytes:
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return data
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        name = next((name for name in archive.namelist() if name.endswith("data.pkl")), "")
+        return archive.read(name) if name else b""
