@@ -26,6 +26,7 @@ from common.engine.progress import Eta, progress
 from common.engine.protocols import BatchStream
 from common.engine.run import Run
 from common.engine.seeding import derive, rng_state, set_rng_state
+from common.engine.static_step import load_plain_state
 from common.nets.enas_layers import latent_weights
 from common.nets.enas_space import MicroCells
 from enas.optimizer import HatAdam
@@ -123,6 +124,10 @@ class ChildLoop:
 
     def later_steps(self) -> int:
         """Steps of this epoch after those of the child."""
+        return 0
+
+    def later_steps_before(self) -> int:
+        """Such steps of all epochs before this one."""
         return 0
 
     def later_step(self, number: int) -> None:
@@ -231,6 +236,7 @@ class ChildLoop:
                 eta.step()
                 self.store()
                 self.run.log(f"{self.epoch} of {self.settings.epochs} epochs done, {eta.text()}")
+            preemption.give_way_at_the_end(self._saved_step())
         return self.row
 
     def _one_epoch(self) -> dict[str, Any]:
@@ -290,8 +296,8 @@ class ChildLoop:
         self.store()
 
     def _saved_step(self) -> int:
-        """Steps of either kind done since the run began."""
-        return self.epoch * (self.steps + self.later_steps()) + self.position
+        """Steps of either kind done since the run began, which number the checkpoints: they only grow."""
+        return self.epoch * self.steps + self.later_steps_before() + self.position
 
     def _child_line(self, rate: float) -> None:
         self.check_finite()
@@ -355,7 +361,7 @@ class ChildLoop:
             )
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            load_plain_state(optimizer, state["optimizers"][name])
         self.meter.load_state_dict(state["meter"])
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self.row = dict(state["row"])

@@ -76,6 +76,11 @@ class SearchLoop(ChildLoop):
         policy = self.policy
         return policy.updates if policy.training and (self.epoch + 1) % policy.every == 0 else 0
 
+    def later_steps_before(self) -> int:
+        """The controller's updates of all epochs before this one."""
+        policy = self.policy
+        return policy.updates * (self.epoch // policy.every) if policy.training else 0
+
     def later_step(self, number: int) -> None:
         """One update: samples in one batched run, the accuracy of each on a batch of its own, REINFORCE."""
         policy, first = self.policy, number * self.policy.aggregate

@@ -64,11 +64,11 @@ class _Listener:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.former = {}
 
-    def wanted(self, step: int) -> int:
+    def wanted(self, step: int, agree: bool) -> int:
         """The signal on which to stop before step `step`, 0 to go on: the same answer on every rank."""
         if self.group is None:
             return self.number
-        if step % RANKS_EVERY:
+        if step % RANKS_EVERY and not agree:
             return 0
         flag = torch.tensor([self.number])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
@@ -97,11 +97,19 @@ def listening() -> Iterator[None]:
         _listener = None
 
 
-def give_way(step: int, save: Callable[[], object]) -> None:
+def give_way(step: int, save: Callable[[], object], *, agree: bool = False) -> None:
     """At the boundary before step `step` (counted over the run): after a signal, call `save` and raise Stopped.
 
-    Several ranks agree every `RANKS_EVERY` steps, so that all of them stop at the same one.
+    Several ranks agree every `RANKS_EVERY` steps, so that all of them stop at the same one, and where every rank says
+    `agree`.
     """
-    if _listener is not None and (number := _listener.wanted(step)):
+    if _listener is not None and (number := _listener.wanted(step, agree)):
         save()
         raise Stopped(number, step)
+
+
+def give_way_at_the_end(step: int) -> None:
+    """After the last of `step` steps, whose checkpoint is written: what follows may take as long as an epoch's
+    evaluation, so a signal that came in the last epoch ends the run here.
+    """
+    give_way(step, lambda: None, agree=True)

@@ -382,6 +382,7 @@ class SearchLoop:
             if self.stopped_early:
                 eta.total = eta.done  # nothing is left
             log(f"epoch {self.epoch}/{self.settings.epochs} done, {eta.text()}")
+        preemption.give_way_at_the_end(self.global_step)
         genotype = self.model.genotype()
         return SearchOutcome(genotype, self.epoch, self.global_step, dict(self.summary), self.stopped_early)
 

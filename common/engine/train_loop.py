@@ -28,6 +28,7 @@ from common.engine.progress import Eta, progress, say
 from common.engine.protocols import BatchStream, RunLike
 from common.engine.schedules import rate_at
 from common.engine.seeding import rng_state, set_rng_state
+from common.engine.static_step import load_plain_state
 
 Evaluate = Callable[[nn.Module], dict[str, Any]]
 
@@ -226,6 +227,7 @@ class _Training:
                 if on_step is not None:
                     on_step(self.global_step)
             self.end_epoch(rate, started, self.steps - first, eta)
+        preemption.give_way_at_the_end(self.global_step)
         if settings.select == "val":
             assert self.best is not None
             return TrainOutcome(settings.epochs, self.global_step, self.best["epoch"], dict(self.best["row"]))
@@ -303,7 +305,7 @@ class _Training:
                 "processes)"
             )
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_plain_state(self.optimizer, state["optimizer"])
         self.meter.load_state_dict(state["meter"])
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.row, self.best = dict(state["row"]), state["best"]

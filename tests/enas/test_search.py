@@ -232,10 +232,14 @@ def test_a_controller_that_is_trained_now_and_then(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_search(config("search", *flags, "--save", str(whole)))
     with pytest.raises(Stopped):
-        run_search(config("search", *flags, "--save", str(cut)), on_step=stop_at(7))  # its updates go to the next epoch
+        run_search(
+            config("search", *flags, "--save", str(cut)), on_step=stop_at(5)
+        )  # its first update, of the second epoch
     run_search(config("search", *flags, "--save", str(cut), "--resume", "auto"))
     assert_same(state_of(whole), state_of(cut))
     assert state_of(whole)["updates"] == 2
+    newest = max(int(path.name[5:]) for path in (whole / "checkpoints").iterdir())
+    assert newest == 3 * 2 + 2, "steps of either kind: the last checkpoint has the highest number"
     with (cut / "metrics.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     assert [row["entropy"] != "" for row in rows] == [False, True, False]
