@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.engine import distributed
 from common.engine.accumulation import Batch
+from common.engine.changes import OLD_LOSS
 from common.engine.cli import Config
 from common.engine.search_loop import Objective
 from common.recipes.findings import count_skips
@@ -126,4 +127,8 @@ def hooks_of(config: Config) -> SearchHooks:
         on_start=None if decay is None else decay.start,
         figures=watch if config.track_eigenvalue else None,
         stop=stop,
+        changeable={
+            "beta_decay": OLD_LOSS,
+            "early_stop_skips": "the epochs that are done were held against another number",
+        },
     )

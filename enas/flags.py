@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 from common.engine import cli
+from common.engine.changes import CHANGEABLE as CHANGEABLE_ANYWHERE
+from common.engine.changes import OLD_LOSS, OLD_SCHEDULE
 from common.engine.cli import Config, Parser, Switch, bitops, choice, integer, number
 from common.engine.parsing import boolean
 from common.recipes.contents import derive_contents
@@ -92,6 +94,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+
+
+_OLD_CONTROLLER = "the controller's updates that are done had the old value"
+_CHANGES = {
+    OLD_SCHEDULE: "lr_cosine lr_period lr_period_factor child_lr child_lr_dec_rate child_lr_dec_every",
+    OLD_LOSS: "loss l2",
+    "the steps that are done saw images, paths and features as before": "augment drop_path_keep_prob keep_prob",
+    "latent weights may lie where the other setting would not have let them": "clip_weights",
+    "epochs that are done were evaluated as before": "eval_every_epochs epoch_test",
+    _OLD_CONTROLLER: "controller_lr controller_entropy_weight controller_bl_dec cost_weight "
+    "controller_tanh_constant controller_op_tanh_reduce controller_temperature",
+}
+CHANGEABLE = CHANGEABLE_ANYWHERE | {flag: effect for effect, flags in _CHANGES.items() for flag in flags.split()}
+"""Flags that a run may change when it goes on, each with what is no longer exact then."""
 
 
 def _optional(kind: Any) -> Any:

@@ -34,7 +34,7 @@ from common.recipes.trained import cost_text, final_figures, network_state
 from enas.child import SharedChild
 from enas.controller import Controller, ControllerSettings, max_entropy
 from enas.cost import NetworkSize, cells_bitops
-from enas.flags import PRESETS, source_values
+from enas.flags import CHANGEABLE, PRESETS, source_values
 from enas.loop import RULE, ChildLoop, ChildSettings, EvaluationSet
 from enas.reinforce import cost_penalty
 from enas.search_loop import PolicySettings, SearchLoop
@@ -183,7 +183,7 @@ def run_training(config: Config, *, on_step: Callable[[int], None] | None = None
     }
     if config.dry_run:
         return _dry_run(ChildLoop(network, run=_silent(), **loop), config, cost)
-    run = open_run(config, method="enas", stage="train", dataset=data.images.info.name)
+    run = open_run(config, method="enas", stage="train", dataset=data.images.info.name, changeable=CHANGEABLE)
     with run:
         if run.already_finished:
             return read_json(run.folder / "result.json")
@@ -276,7 +276,7 @@ def run_search(config: Config, *, on_step: Callable[[int], None] | None = None) 
     }
     if config.dry_run:
         return _dry_run(SearchLoop(child, controller, run=_silent(), **loop), config, None)
-    run = open_run(config, method="enas", stage="search", dataset=data.images.info.name)
+    run = open_run(config, method="enas", stage="search", dataset=data.images.info.name, changeable=CHANGEABLE)
     with run:
         if run.already_finished:
             return read_json(run.folder / "result.json")

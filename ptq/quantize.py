@@ -67,6 +67,7 @@ def parser() -> Parser:
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where new run folders are made")
     add("--resume", nargs="?", const="auto", metavar="auto", help="auto: pass over what is finished")
     add("--print-config", action="store_true", help="show every value and its source, and exit")
+    parser.refuse("a quantisation starts over, so nothing of other flags is left; give --save", "--allow-config-change")
     parser.refuse("the network is tested as its training computes, few batches; leave it out", "--precision")
     parser.refuse("a few batches are over before anything is compiled; leave it out", "--compile")
     parser.refuse("layers are observed one by one, whatever lies in memory; leave it out", "--channels-last")

@@ -68,6 +68,7 @@ FIXED_BITS = (1, 2, 3, 4, 8, 32)
 VOLATILE = frozenset(
     (
         *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
+        "allow_config_change",
         *("checkpoint_minutes", "tensorboard", "workers", "data", "trainfile", "valfile", "threads"),
         *("use_data_parallel", "plan", "world_size", "gpus_per_node", "link_gbps", "step_seconds"),
         "search_space",  # a place; what the file says is in search_space_digest
@@ -292,6 +293,8 @@ def add_run_flags(parser: Parser, stage: str) -> None:
     add.value("--runs", Path, Path("runs"), "DIR", "where new run folders are made")
     resume = "go on: auto finds the run of the same configuration"
     add.value("--resume", str, None, "auto|PATH", resume, nargs="?", const="auto")
+    change = "go on although flags have changed, and say what is no longer exact (docs/resume.md)"
+    add.switch("--allow-config-change", False, change)
     add.value("--preset", str, None, "NAME", "a set of defaults; --list-presets shows them")
     add.group.add_argument("--list-presets", action="store_true", help="show the presets and exit")
     add.value("--config", str, None, "FILE.json", "flags from a file; explicit flags win")
@@ -360,6 +363,8 @@ def check_run(config: Config) -> list[str]:
         )
     if config.lr_warmup_epochs and config.lr_warmup_epochs >= config.epochs:
         errors.append(f"--lr-warmup-epochs: leaves none of the {config.epochs} epochs; give fewer")
+    if config.allow_config_change and config.resume is None:
+        errors.append("--allow-config-change: only has a meaning with --resume; add it or drop this")
     if config.data_module and ":" not in config.data_module:
         errors.append(f"--data-module: {config.data_module!r} names no function; write FILE.py:FUNCTION")
     for flag, path in (("--data", config.data), ("--save", config.save), ("--runs", config.runs)):

@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 from common.engine import distributed
+from common.engine.changes import MISSING, Change, as_text, check_epochs, effects, owner_of
 from common.engine.checkpoint import CheckpointStore, load_state
 from common.engine.environment import describe
 from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, write_json
@@ -41,7 +42,8 @@ CONFIG, LOG, METRICS, HISTORY, RESULT = "config.json", "log.txt", "metrics.csv",
 TENSORBOARD, CHECKPOINTS, LOCK = "tensorboard", "checkpoints", ".lock"
 # Flags that never change what a run computes (a preset counts by the values it gave); `volatile` adds the callers' own.
 VOLATILE = frozenset(
-    {"save", "runs", "root", "resume", "config", "preset", "print_config", "list_presets", "dry_run"}
+    {"save", "runs", "root", "resume", "allow_config_change", "config", "preset", "print_config", "list_presets"}
+    | {"dry_run"}
     | {"quiet", "tensorboard", "workers", "checkpoint_minutes", "keep_checkpoints"}
 )
 _GROWING = (METRICS, HISTORY)
@@ -71,8 +73,8 @@ class _Identity:
         """sha256 of `fields`."""
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
 
-    def difference(self, saved: Mapping[str, Any]) -> list[str]:
-        """`key: old -> new` for every key that matters and differs from a saved config.json (None: as not there).
+    def changes(self, saved: Mapping[str, Any]) -> list[Change]:
+        """Every key that matters and differs from a saved config.json (None: as not there).
 
         A content's digest that the saved one does not have yet is as it was; where the place is another, it is that
         which is told.
@@ -80,20 +82,17 @@ class _Identity:
         old = {key: saved.get(key) for key in ("method", "stage", "dataset", "seed")}
         old |= {key: value for key, value in saved["config"].items() if key not in self.volatile}
         new = self.fields()
-        lines = []
+        found = []
         for key in sorted({*old, *new}):
             if json.dumps(old.get(key)) == json.dumps(new.get(key)):
                 continue
-            before, after = (json.dumps(side[key]) if key in side else "(not there)" for side in (old, new))
+            before, after = (json.dumps(side[key]) if key in side else MISSING for side in (old, new))
             place = self.contents.get(key)
             if place is None:
-                lines.append(f"{key}: {before} -> {after}")
+                found.append(Change(key, before, after))
             elif key in old and json.dumps(old.get(place)) == json.dumps(new.get(place)):
-                flag = "--" + place.replace("_", "-")
-                lines.append(
-                    f"{flag} {new.get(place)}: the file or run there has changed since ({key}: {before} -> {after})"
-                )
-        return lines
+                found.append(Change(key, before, after, place, str(new.get(place))))
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,8 @@ class _Place:
     digest: str  # of the run's configuration, as the run there knows it
     checkpoint: Path | None = None  # the one to go on from
     meta: dict[str, Any] | None = None  # and its meta.json
+    owner: str | None = None  # digest that its checkpoints bear, where flags have changed since the first
+    changed: tuple[dict[str, Any], ...] = ()  # flags that change now, as config.json notes them
 
 
 class Run:
@@ -122,6 +123,7 @@ class Run:
     def __init__(self, identity: _Identity, *, quiet: bool, tensorboard: bool) -> None:
         """Not for callers: `Run.open` makes runs. No file is open yet."""
         self.config, self.digest = identity.config, identity.digest()
+        self._owner = self.digest  # whose the checkpoints are
         self._identity, self._quiet, self._tensorboard = identity, quiet, tensorboard
         self._main = distributed.is_main()
         self._lock: IO[str] | None = None
@@ -153,6 +155,7 @@ class Run:
         resume: Literal["auto"] | Path | None = None,
         volatile: Iterable[str] = (),
         contents: Mapping[str, str] | None = None,
+        changeable: Mapping[str, str] | None = None,
         keep: int = 2,
         quiet: bool = False,
         tensorboard: bool = True,
@@ -164,7 +167,8 @@ class Run:
         configuration, or starts where there is none; a path names a run or one of its checkpoints. A restart by
         torchrun implies "auto". `volatile`: keys of `config` that do not matter for sameness, beside VOLATILE.
         `contents`: digest's key in `config` -> the key that says where its content lies; a run from before that
-        digest was noted still counts as the same.
+        digest was noted still counts as the same. `changeable`: keys that may differ from the run that goes on, each
+        with what is no longer exact then (`changes.CHANGEABLE`); None: none may.
 
         Raises ValueError (flag, reason, cure): the folder is in use, holds another configuration (with the
         difference), something else, or nothing valid to go on from; OSError when it cannot be written.
@@ -178,7 +182,7 @@ class Run:
         place: _Place | None = None
         if run._main:
             try:
-                place = run._settle(root, save, resume, keep)
+                place = run._settle(root, save, resume, keep, changeable)
                 if place.start != "finished":
                     run._enter(place, sources, argv)
             except (ValueError, OSError) as error:
@@ -318,19 +322,31 @@ class Run:
 
     # ---- opening: decide where (rank 0), enter the folder (rank 0), take it up (all ranks)
 
-    def _settle(self, root: Path, save: Path | None, resume: Literal["auto"] | Path | None, keep: int) -> _Place:
+    def _settle(
+        self,
+        root: Path,
+        save: Path | None,
+        resume: Literal["auto"] | Path | None,
+        keep: int,
+        changeable: Mapping[str, str] | None,
+    ) -> _Place:
         """Find or make the folder, and lock it unless the run is finished."""
         if resume is None:
             return _Place(self._start_folder(root, save), "fresh", self.digest)
         if resume == "auto":
             folder = save if save is not None else _newest(root, self._identity)
+            if folder is None and changeable is not None:
+                raise ValueError(
+                    "--allow-config-change: no run has these flags, and none is named whose flags could change; "
+                    "add --save DIR, or give --resume RUN"
+                )
             if folder is None or _is_empty(folder):
                 return _Place(self._start_folder(root, folder), "fresh", self.digest)
-            return self._go_on(folder, None, keep, f"--resume auto with {folder}")
+            return self._go_on(folder, None, keep, f"--resume auto with {folder}", changeable)
         folder, checkpoint = _named(Path(resume))
         if save is not None and Path(save).resolve() != folder.resolve():
             raise ValueError(f"--save {save} and --resume {resume} name two folders; drop --save to go on in {folder}")
-        return self._go_on(folder, checkpoint, keep, f"--resume {resume}")
+        return self._go_on(folder, checkpoint, keep, f"--resume {resume}", changeable)
 
     def _start_folder(self, root: Path, save: Path | None) -> Path:
         if save is None:
@@ -348,38 +364,69 @@ class Run:
             raise ValueError(f"--save {folder}: another run has just started there; name another folder")
         return folder
 
-    def _go_on(self, folder: Path, checkpoint: Path | None, keep: int, flag: str) -> _Place:
+    def _go_on(
+        self, folder: Path, checkpoint: Path | None, keep: int, flag: str, changeable: Mapping[str, str] | None
+    ) -> _Place:
         if not (folder / CONFIG).is_file():
             raise ValueError(
                 f"{flag}: no run lies there (no {CONFIG}), and nothing is overwritten; name another folder"
             )
         saved = _read_config(folder)
-        difference = self._identity.difference(saved)
-        if difference:
+        changes = self._identity.changes(saved)
+        finished = _is_finished(folder)
+        if changes and (changeable is None or finished):
             raise ValueError(
-                f"{flag}: the run there has another configuration:\n  "
-                + "\n  ".join(difference)
+                f"{flag}: the run there has another configuration"
+                + (", and it is finished" if finished and changeable is not None else "")
+                + ":\n  "
+                + "\n  ".join(change.line() for change in changes)
                 + "\ngive the same flags and files as then (config.json has the flags), or another --save to start anew"
+                + ("" if finished or changeable is not None else "; --allow-config-change lets some flags change")
             )
         # a run that knew fewer flags has another digest, by which its checkpoints are found
-        self.digest = saved.get("digest") or self.digest
-        if _is_finished(folder):
-            return _Place(folder, "finished", self.digest)
+        own = self.digest
+        self.digest, self._owner = saved.get("digest") or own, owner_of(saved) or own
+        if finished:
+            return _Place(folder, "finished", self.digest, owner=self._owner)
         self._lock = _lock(folder)
         store = self._store(folder, keep)
         if checkpoint is not None:
             _, meta = load_state(checkpoint)
-            if meta["config_digest"] != self.digest:
+            if meta["config_digest"] != self._owner:
                 raise ValueError(f"{flag}: the checkpoint belongs to another configuration than the run it lies in")
-            return _Place(folder, "resumed", self.digest, checkpoint, meta)
+            return self._resumed(folder, checkpoint, meta, changes, flag, changeable)
         found = store.latest()
         if found is not None:
-            return _Place(folder, "resumed", self.digest, Path(found[1]["path"]), found[1])
+            return self._resumed(folder, Path(found[1]["path"]), found[1], changes, flag, changeable)
         if store.steps():
             raise ValueError(
                 f"{flag}: none of the checkpoints in {store.folder} is valid; delete {folder} to start anew"
             )
-        return _Place(folder, "fresh", self.digest)
+        if changes:  # nothing of the former flags is left in a run that starts
+            self.digest = self._owner = own
+        return _Place(folder, "fresh", self.digest, owner=self._owner)
+
+    def _resumed(
+        self,
+        folder: Path,
+        checkpoint: Path,
+        meta: dict[str, Any],
+        changes: Sequence[Change],
+        flag: str,
+        changeable: Mapping[str, str] | None,
+    ) -> _Place:
+        """The place of a run that goes on from a checkpoint; its flags change where they may.
+
+        A run that has changed is another than the one of its first flags and than one that had the new ones from the
+        start, so it gets a digest of its own; the mark of its checkpoints stays.
+        """
+        noted: list[dict[str, Any]] = []
+        if changes:
+            noted = effects(changes, changeable or {}, where=flag)
+            check_epochs(changes, meta["epoch"], where=flag)
+            text = json.dumps([self.digest, meta["step"], [(one["flag"], one["after"]) for one in noted]])
+            self.digest = hashlib.sha256(text.encode()).hexdigest()
+        return _Place(folder, "resumed", self.digest, checkpoint, meta, self._owner, tuple(noted))
 
     def _enter(self, place: _Place, sources: Mapping[str, str], argv: Sequence[str]) -> None:
         """Make the folder's files fit the place: cut back, or leftovers gone; note this session in config.json."""
@@ -399,10 +446,13 @@ class Run:
             sessions = _read_config(folder).get("sessions", [])
             messages = _cut_back(folder, place.meta["extra"].get("files", {})) + _changes(sessions, environment)
             messages += _other_ranks(place.meta)
-            moved = CheckpointStore(folder / CHECKPOINTS, config_digest=self.digest).abandon_newer(step)
+            messages += as_text(place.changed, step)
+            moved = CheckpointStore(folder / CHECKPOINTS, config_digest=self._owner).abandon_newer(step)
             messages += [f"set aside, being newer than where the run goes on: {path.name}" for path in moved]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         session = {"started": now, "argv": list(argv), "resumed_step": step, **environment}
+        if place.changed:
+            session["changes"] = list(place.changed)
         identity = self._identity
         write_json(
             folder / CONFIG,
@@ -413,6 +463,7 @@ class Run:
                 "dataset": identity.dataset,
                 "seed": identity.seed,
                 "digest": self.digest,
+                **({} if self._owner == self.digest else {"owner": self._owner}),
                 "config": self.config,
                 "sources": dict(sources),
                 "volatile": sorted(identity.volatile),
@@ -429,7 +480,7 @@ class Run:
 
     def _take(self, place: _Place, keep: int) -> None:
         """Set what every rank needs to know; open the growing files (rank 0)."""
-        self.folder, self.digest = place.folder, place.digest
+        self.folder, self.digest, self._owner = place.folder, place.digest, place.owner or place.digest
         self.already_finished = place.start == "finished"
         self.checkpoints = self._store(place.folder, keep)
         self._checkpoint = place.checkpoint
@@ -449,7 +500,7 @@ class Run:
 
     def _store(self, folder: Path, keep: int) -> CheckpointStore:
         return CheckpointStore(
-            folder / CHECKPOINTS, keep=keep, config_digest=self.digest, on_message=self.log, extra=self._extra
+            folder / CHECKPOINTS, keep=keep, config_digest=self._owner, on_message=self.log, extra=self._extra
         )
 
     def _extra(self) -> dict[str, Any]:
@@ -540,7 +591,7 @@ def _newest(root: Path, identity: _Identity) -> Path | None:
     for config in _parent(root, identity).glob(f"*/{CONFIG}"):
         name = re.fullmatch(r".*-(\d{8}T\d{6})(?:-(\d+))?", config.parent.name)
         try:
-            same = not identity.difference(_read_config(config.parent))
+            same = not identity.changes(_read_config(config.parent))
         except ValueError:
             continue  # not a run's config.json: not the one that is looked for
         if name and same:

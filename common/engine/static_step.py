@@ -119,12 +119,12 @@ def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, object]:
 
 
 def load_plain_state(optimizer: torch.optim.Optimizer, state: dict[str, object]) -> None:
-    """Go to a saved state, `capturable` staying as this process set it: a run may go on on another kind of device.
+    """Go to a saved state; what the groups are set to stays as this process set it, and is not taken from the state.
 
-    torch would take the checkpoint's, or False where it has none, and a step captured with that one is refused.
+    A run may go on on another kind of device (a step captured with another `capturable` is refused), or with another
+    rate, decay or momentum (--allow-config-change), which the saved groups would silently undo.
     """
-    present = [group.get("capturable") for group in optimizer.param_groups]
+    present = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, capturable in zip(optimizer.param_groups, present, strict=True):
-        if capturable is not None:  # SGD has no such thing
-            group["capturable"] = capturable
+    for group, own in zip(optimizer.param_groups, present, strict=True):
+        group.update(own)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.engine.changes import owner_of
 from common.engine.cli import Config
 
 CONTENTS = {
@@ -48,9 +49,8 @@ def weights_digest(run: Path) -> str | None:
     from common.engine import CheckpointStore, read_json
 
     try:
-        record = read_json(Path(run) / "config.json")
-        owner = record["digest"]
-    except (ValueError, OSError, LookupError, TypeError):
+        owner = owner_of(read_json(Path(run) / "config.json"))
+    except (ValueError, OSError):
         return None  # whoever loads the run says what is wrong
     return CheckpointStore(Path(run) / "checkpoints", config_digest=owner).newest_digest()
 

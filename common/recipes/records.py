@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.engine.changes import changes_of
 from common.engine.files import read_json
 from common.recipes.contents import CONTENTS
 
@@ -18,6 +19,7 @@ _INCIDENTAL = frozenset(
     (
         *("seed", "arch", "run", *CONTENTS, "data", "save", "runs", "resume", "preset", "config", "print_config"),
         *("list_presets", "dry_run", "log_every", "checkpoint_minutes", "tensorboard", "workers", "threads", "quiet"),
+        "allow_config_change",
     )
 )
 # whether, but not which: paths differ from seed to seed
@@ -281,6 +283,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop("init_channels", None)
     else:
         kept.pop("match_reference", None)
+    if changes := changes_of(config):  # no other run had these flags in this order
+        kept["changed_on_the_way"] = [[one.get("flag"), one.get("before"), one.get("after")] for one in changes]
     return kept | {key: True for key in _OTHER_RUNS if kept.get(key)}
 
 

@@ -8,8 +8,8 @@ sees the training set only; the part that trains the architecture is also the on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from common.cost.target import movable_error, within
 from common.engine import Run, distributed, plain, read_json
 from common.engine.accumulation import batches_of
+from common.engine.changes import CHANGEABLE
 from common.engine.cli import Config
 from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
@@ -53,6 +54,8 @@ class SearchHooks:
     """Why the search ends after this epoch (from 0) with this row; None: it goes on."""
     train_flags: Sequence[str] = ()
     """Flags that the method's train.py needs to train what was found."""
+    changeable: Mapping[str, str] = field(default_factory=dict)
+    """Flags of the method that a search may change when it goes on, each with what is no longer exact then."""
 
 
 def run_search(
@@ -89,7 +92,8 @@ def run_search(
     prepared = whole()
     if config.dry_run:
         return _dry_run(prepared)
-    run = open_run(config, method=method, stage="search", dataset=prepared.data.info.name)
+    changeable = {**CHANGEABLE, **hooks.changeable}
+    run = open_run(config, method=method, stage="search", dataset=prepared.data.info.name, changeable=changeable)
     with run:
         if run.already_finished:
             return read_json(run.folder / "result.json")

@@ -15,6 +15,7 @@ from common.cost import ExpectedCost
 from common.cost.target import TargetController, push_scale
 from common.data import ImageData
 from common.engine import CheckpointStore, read_json, seed_everything
+from common.engine.changes import owner_of
 from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import Supernet, build_supernet
@@ -192,7 +193,7 @@ def _start_from(model: Supernet, run: Path) -> str:
     record = read_json(run / "config.json")
     found = None
     if isinstance(record, dict) and record.get("stage") == "search":
-        found = CheckpointStore(run / "checkpoints", config_digest=record.get("digest", "")).latest()
+        found = CheckpointStore(run / "checkpoints", config_digest=owner_of(record)).latest()
     if found is None:
         raise ValueError(f"--init-from {run}: holds no valid checkpoint of a search; give the folder of one")
     logits = {id(p) for p in (*model.arch_parameters(), *model.gamma_parameters())}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.engine import CheckpointStore, read_json
+from common.engine.changes import owner_of
 from common.engine.cli import Config
 from common.recipes.flags import resolve_search, search_parser
 from common.recipes.search_setup import PreparedSearch, prepare_search
@@ -36,7 +37,7 @@ def search_config(record: dict[str, Any], **changes: Any) -> Config:
 def load_searched(run: Path, flag: str = "RUN", **changes: Any) -> PreparedSearch:
     """A search as it stood at its newest valid checkpoint. Raises ValueError naming `flag`, the folder and the cure."""
     record = read_search(run, flag)
-    found = CheckpointStore(run / "checkpoints", config_digest=record.get("digest", "")).latest()
+    found = CheckpointStore(run / "checkpoints", config_digest=owner_of(record)).latest()
     if found is None:
         raise ValueError(f"{flag} {run}: holds no valid checkpoint; let the search finish")
     # its weights come from the checkpoint, wherever they once started

@@ -15,6 +15,7 @@ from common.data import ImageData, StreamedBatches, load, open_stream
 from common.data.stand_in import stand_in
 from common.engine import Run, distributed
 from common.engine.accumulation import Batch, accumulated, batches_of
+from common.engine.changes import CHANGEABLE
 from common.engine.cli import VOLATILE, Config
 from common.engine.progress import say as say_here
 from common.engine.protocols import BatchStream
@@ -151,8 +152,10 @@ def stem_of(config: Config, image_size: int) -> str:
     return "imagenet" if image_size >= 128 else "cifar"
 
 
-def open_run(config: Config, *, method: str, stage: str, dataset: str) -> Run:
-    """The run folder that the flags ask for (--save, --runs, --resume)."""
+def open_run(
+    config: Config, *, method: str, stage: str, dataset: str, changeable: Mapping[str, str] = CHANGEABLE
+) -> Run:
+    """The run folder that the flags ask for (--save, --runs, --resume; --allow-config-change: of `changeable` keys)."""
     return Run.open(
         method=method,
         stage=stage,
@@ -166,5 +169,6 @@ def open_run(config: Config, *, method: str, stage: str, dataset: str) -> Run:
         resume=Path(config.resume) if config.resume not in (None, "auto") else config.resume,
         volatile=VOLATILE,
         contents=CONTENTS,
+        changeable=changeable if getattr(config, "allow_config_change", False) else None,
         tensorboard=config.tensorboard,
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.cost import Cost
 from common.data import DatasetInfo, ImageData, Split, StreamedSplit, evaluation_batches
 from common.engine import CheckpointStore, ClassificationMeter, distributed, load_state, read_json
+from common.engine.changes import owner_of
 from common.engine.checkpoint import state_digest
 from common.nets import Architecture, EvaluationNetwork, network_of
 from common.quant import fold_normalization
@@ -111,7 +112,7 @@ def load_trained(
     if checkpoint is not None:
         state, meta = load_state(Path(checkpoint))
     else:
-        found = CheckpointStore(run / "checkpoints", config_digest=record["digest"]).latest()
+        found = CheckpointStore(run / "checkpoints", config_digest=owner_of(record)).latest()
         if found is None:
             raise ValueError(f"{flag} {run}: holds no valid checkpoint; train it first (--resume {run})")
         state, meta = found
