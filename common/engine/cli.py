@@ -68,7 +68,7 @@ FIXED_BITS = (1, 2, 3, 4, 8, 32)
 VOLATILE = frozenset(
     (
         *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
-        "allow_config_change",
+        *("allow_config_change", "given"),  # given: what flags said before something else followed from them
         *("checkpoint_minutes", "tensorboard", "workers", "data", "trainfile", "valfile", "threads"),
         *("use_data_parallel", "plan", "world_size", "gpus_per_node", "link_gbps", "step_seconds"),
         "search_space",  # a place; what the file says is in search_space_digest

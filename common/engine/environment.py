@@ -9,11 +9,28 @@ import platform
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def started_as(argv: Sequence[str], method: str, stage: str) -> dict[str, Any]:
+    """{"program", "cwd", "processes"}: what was started, where, and by how many processes of torchrun.
+
+    A program of this project is named from the project's root, and METHOD/STAGE.py where another one called it.
+    """
+    typed = Path(argv[0]).resolve() if argv else ROOT
+    usual = ROOT / method / f"{stage}.py"
+    program = usual if usual.is_file() and typed.name != usual.name else typed
+    inside = program.is_relative_to(ROOT)
+    return {
+        "program": program.relative_to(ROOT).as_posix() if inside else str(program),
+        "cwd": os.getcwd(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
 
 
 def describe(device: str | None = None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from typing import IO, Any, Literal
 from common.engine import distributed
 from common.engine.changes import MISSING, Change, as_text, check_epochs, effects, owner_of
 from common.engine.checkpoint import CheckpointStore, load_state
-from common.engine.environment import describe
+from common.engine.environment import describe, started_as
 from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, write_json
 from common.engine.progress import duration, say
 
@@ -450,7 +450,8 @@ class Run:
             moved = CheckpointStore(folder / CHECKPOINTS, config_digest=self._owner).abandon_newer(step)
             messages += [f"set aside, being newer than where the run goes on: {path.name}" for path in moved]
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        session = {"started": now, "argv": list(argv), "resumed_step": step, **environment}
+        command = {"argv": list(argv), **started_as(argv, self._identity.method, self._identity.stage)}
+        session = {"started": now, **command, "resumed_step": step, **environment}
         if place.changed:
             session["changes"] = list(place.changed)
         identity = self._identity
@@ -467,7 +468,7 @@ class Run:
                 "config": self.config,
                 "sources": dict(sources),
                 "volatile": sorted(identity.volatile),
-                "argv": list(argv),
+                **command,
                 **environment,
                 "sessions": [*sessions, session],
             },

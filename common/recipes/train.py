@@ -105,6 +105,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Prepared:
     matched = None
     if config.match_bitops is not None:
         matched = match_channels(config, architecture, build, data.info.image_size)
+        if config.explicit("init_channels"):  # kept, so that the run can be repeated
+            config.given = {"init_channels": config.init_channels}
         config.init_channels = build["init_channels"] = matched["channels"]
         config.sources["init_channels"] = "derived"
     seed_everything(config.seed, deterministic=config.deterministic)
