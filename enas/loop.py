@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common.engine import distributed, preemption
 from common.engine.accumulation import batches_of
+from common.engine.checkpoint import taking_up
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError
 from common.engine.metrics import ClassificationMeter
@@ -228,7 +229,8 @@ class ChildLoop:
         found = self.run.resume_state()
         self.protect()
         if found is not None:
-            self.load_state_dict(found[0])
+            with taking_up("--resume"):
+                self.load_state_dict(found[0])
         eta = Eta(self.settings.epochs, done=self.epoch)
         with preemption.listening():
             while self.epoch < self.settings.epochs:

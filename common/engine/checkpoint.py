@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(state, dict):
         raise ValueError(f"{path}/{STATE}: holds a {type(state).__name__}, not a dict of states")
     return state, meta
+
+
+@contextmanager
+def taking_up(what: str) -> Iterator[None]:
+    """Around code that takes a loaded state apart. Raises ValueError that begins with `what` where it does not fit.
+
+    A digest says that a state is as it was written, not that this version wrote it for this purpose.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {' '.join(lines)[:300]}"
+        raise ValueError(f"{what}: the checkpoint does not hold what is looked for ({reason})") from error
 
 
 class CheckpointStore:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from common.engine import distributed, preemption
 from common.engine.accumulation import Batch, add, as_list, batches_of, divide
 from common.engine.bilevel import ORDERS, architecture_gradients, inner_groups
+from common.engine.checkpoint import taking_up
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_adam, prepare_sgd
 from common.engine.optimizers import SGD, Adam
 from common.engine.progress import Eta, progress, say
@@ -547,7 +548,8 @@ def search(
     )
     found = run.resume_state() if run is not None else None
     if found is not None:
-        loop.load_state_dict(found[0])
+        with taking_up("--resume"):
+            loop.load_state_dict(found[0])
     with preemption.listening():
         return loop.run(run, on_epoch, on_step, evaluate, on_start)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.engine import distributed, preemption
 from common.engine.accumulation import batches_of
+from common.engine.checkpoint import taking_up
 from common.engine.environment import peak_memory_mb
 from common.engine.guard import FiniteGuard, NonFiniteError, prepare_sgd
 from common.engine.metrics import ClassificationMeter
@@ -386,7 +387,8 @@ def train(
     )
     found = run.resume_state() if run is not None else None
     if found is not None:
-        training.load_state_dict(found[0])
+        with taking_up("--resume"):
+            training.load_state_dict(found[0])
     with preemption.listening():
         return training.run_epochs(on_step)
 

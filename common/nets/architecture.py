@@ -28,6 +28,8 @@ MAPPINGS = ("relative", "paper")
 _INTEGERS = re.compile(r"(\s|#[^\n]*\n)*(\[|\d+\s+\d+\s)")  # no name and no path begins like this
 _MAX_FILE_BYTES = 4_000_000  # an architecture is a few kilobytes; more is not one
 
+_MAX_NAME, _MAX_PATH = 255, 4000  # bytes that a system takes
+
 Bits = tuple[int, int]
 """(weight bits, activation bits)."""
 
@@ -375,6 +377,15 @@ def written_out(target: str) -> bool:
     return _INTEGERS.match(target) is not None
 
 
+def _may_exist(target: str) -> bool:
+    """Whether a file system could know this name."""
+    try:
+        parts = [os.fsencode(part) for part in target.split(os.sep)]
+    except UnicodeEncodeError:
+        return False
+    return max(map(len, parts)) <= _MAX_NAME and len(target) <= _MAX_PATH and "\0" not in target
+
+
 def load_architecture(name_or_path: str | Path) -> Architecture:
     """Resolve a genotype's name, an architecture.json, a run folder that holds one, or the numbers of two micro cells.
 
@@ -383,6 +394,8 @@ def load_architecture(name_or_path: str | Path) -> Architecture:
     """
     if isinstance(name_or_path, str) and written_out(name_or_path):
         return Architecture(enas_space.parse_cells(name_or_path), space=enas_space.SPACE)
+    if not _may_exist(str(name_or_path)):
+        raise ValueError(f"{str(name_or_path)[:60]!r}...: no name, no file and no folder is called so")
     path = Path(name_or_path)
     if path.is_dir() and not (path / "architecture.json").is_file():
         try:

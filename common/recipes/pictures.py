@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.engine.files import write_bytes
 from common.nets.architecture import Architecture, BitPolicy, Bits, CellBits, needs_bits
 from common.recipes.cell_layout import (
     ARROW,
@@ -84,7 +85,7 @@ def draw_cells(
     written = []
     for form in wanted:
         target = stem.with_name(f"{stem.name}.{form}")
-        target.write_bytes(paint(drawing, form))
+        write_bytes(target, paint(drawing, form))
         written.append(target)
     return written
 

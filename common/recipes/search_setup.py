@@ -16,6 +16,7 @@ from common.cost.target import TargetController, push_scale
 from common.data import ImageData
 from common.engine import CheckpointStore, read_json, seed_everything
 from common.engine.changes import owner_of
+from common.engine.checkpoint import taking_up
 from common.engine.cli import Config
 from common.engine.search_loop import SearchSettings
 from common.nets import Supernet, build_supernet
@@ -199,15 +200,16 @@ def _start_from(model: Supernet, run: Path) -> str:
     logits = {id(p) for p in (*model.arch_parameters(), *model.gamma_parameters())}
     chosen = {name for name, p in model.named_parameters() if id(p) in logits}
     ours = {name: tensor for name, tensor in model.state_dict().items() if name not in chosen}
-    theirs = found[0]["model"]
-    wrong = [name for name, t in ours.items() if name not in theirs or theirs[name].shape != t.shape]
-    if wrong:
-        raise ValueError(
-            f"--init-from {run}: {len(wrong)} of its tensors do not fit, first {wrong[0]}; start from a search of the "
-            "same --method, --layers, --init-channels, --partial, --nodes, --stem, --scheme and data"
-        )
-    model.load_state_dict({name: theirs[name] for name in ours}, strict=False)
-    return f"started from {run} (after epoch {found[0]['epoch']}): {len(ours)} tensors loaded"
+    with taking_up(f"--init-from {run}"):
+        theirs = found[0]["model"]
+        wrong = [name for name, t in ours.items() if name not in theirs or theirs[name].shape != t.shape]
+        if wrong:
+            raise ValueError(
+                f"--init-from {run}: {len(wrong)} of its tensors do not fit, first {wrong[0]}; start from a search of "
+                "the same --method, --layers, --init-channels, --partial, --nodes, --stem, --scheme and data"
+            )
+        model.load_state_dict({name: theirs[name] for name in ours}, strict=False)
+        return f"started from {run} (after epoch {found[0]['epoch']}): {len(ours)} tensors loaded"
 
 
 def _describe(prepared: PreparedSearch) -> str:

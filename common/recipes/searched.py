@@ -8,6 +8,7 @@ from typing import Any
 
 from common.engine import CheckpointStore, read_json
 from common.engine.changes import owner_of
+from common.engine.checkpoint import taking_up
 from common.engine.cli import Config
 from common.recipes.flags import resolve_search, search_parser
 from common.recipes.search_setup import PreparedSearch, prepare_search
@@ -42,5 +43,6 @@ def load_searched(run: Path, flag: str = "RUN", **changes: Any) -> PreparedSearc
         raise ValueError(f"{flag} {run}: holds no valid checkpoint; let the search finish")
     # its weights come from the checkpoint, wherever they once started
     prepared = prepare_search(search_config(record, init_from=None, compile=False, **changes))
-    prepared.supernet.load_state_dict(found[0]["model"])
+    with taking_up(f"{flag} {run}"):
+        prepared.supernet.load_state_dict(found[0]["model"])
     return prepared

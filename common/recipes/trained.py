@@ -18,11 +18,13 @@ from common.cost import Cost
 from common.data import DatasetInfo, ImageData, Split, StreamedSplit, evaluation_batches
 from common.engine import CheckpointStore, ClassificationMeter, distributed, load_state, read_json
 from common.engine.changes import owner_of
-from common.engine.checkpoint import state_digest
+from common.engine.checkpoint import state_digest, taking_up
 from common.nets import Architecture, EvaluationNetwork, network_of
 from common.quant import fold_normalization
+from common.strict_json import parse_json
 
 EVALUATION_BATCH = 256  # fixed: the reference's 8-bit scheme lets a sample's output depend on its batch
+_LARGEST_IMAGE = 4096  # pixels of a side
 TRAINED_STAGES = ("train", "quantize")  # the stages whose runs end with a network to use
 
 
@@ -111,28 +113,45 @@ def load_trained(
         raise ValueError(f"{flag} {run}: a {record.get('stage')} run; give a training run (train.py --arch {run})")
     if checkpoint is not None:
         state, meta = load_state(Path(checkpoint))
+        if meta["config_digest"] != owner_of(record):
+            raise ValueError(f"--checkpoint {checkpoint}: belongs to another run than {run}; name one of its own")
     else:
         found = CheckpointStore(run / "checkpoints", config_digest=owner_of(record)).latest()
         if found is None:
             raise ValueError(f"{flag} {run}: holds no valid checkpoint; train it first (--resume {run})")
         state, meta = found
-    if not {"build", "architecture", "data", "model"} <= state.keys():
-        raise ValueError(f"{flag} {run}: its checkpoint is not one of a training")
-    architecture = Architecture.from_json(json.loads(state["architecture"]), f"{run} (checkpoint)")
-    network = network_of(architecture, **state["build"])
-    post_training = state.get("post_training", {})
-    if post_training.get("folded"):
+    with taking_up(f"{flag} {run}"):
+        network = _rebuilt(state, f"{flag} {run}")
+        trained = state.get("post_training", {}).get("training", record["config"])
+        info = {
+            **{key: record.get(key) for key in ("method", "dataset", "seed", "digest", "stage")},
+            "build": state["build"],
+            "data": state["data"],
+            "epoch": state["epoch"],
+            "checkpoint": meta.get("path", str(checkpoint)),
+            "state_digest": state_digest(meta),
+        }
+    return network.eval(), trained, info
+
+
+def _rebuilt(state: dict[str, Any], where: str) -> EvaluationNetwork:
+    """The network that a training's checkpoint describes, with its weights. ValueError where it describes none."""
+    if not {"build", "architecture", "data", "model", "epoch"} <= state.keys():
+        raise ValueError(f"{where}: its checkpoint is not one of a training")
+    build, data, model = state["build"], state["data"], state["model"]
+    known = [size for tensor in model.values() for size in tensor.shape]
+    # A file of a few bytes may ask for a network of any size: none is larger than what the weights show.
+    largest = max([len(model), *known, data["image_size"]])
+    wrong = [name for name, value in build.items() if type(value) is int and not 0 <= value <= largest]
+    wrong += [name for name in ("num_classes", "channels", "image_size") if type(data[name]) is not int]
+    if wrong or data["image_size"] > _LARGEST_IMAGE:
+        raise ValueError(f"{where}: its checkpoint gives {(wrong or ['image_size'])[0]} a value that its weights deny")
+    architecture = Architecture.from_json(parse_json(state["architecture"]), f"{where} (checkpoint)")
+    network = network_of(architecture, **build)
+    if state.get("post_training", {}).get("folded"):
         fold_normalization(network)
-    network.load_state_dict(state["model"])
-    info = {
-        **{key: record.get(key) for key in ("method", "dataset", "seed", "digest", "stage")},
-        "build": state["build"],
-        "data": state["data"],
-        "epoch": state["epoch"],
-        "checkpoint": meta.get("path", str(checkpoint)),
-        "state_digest": state_digest(meta),
-    }
-    return network.eval(), post_training.get("training", record["config"]), info
+    network.load_state_dict(model)
+    return network
 
 
 def cost_text(cost: Cost) -> str:
