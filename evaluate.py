@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main():
             print(json.dumps(found, indent=2) if config.json else text(found))
 
-    return run_program(work, PROG)
+    return run_program(work, PROG, config)
 
 
 if __name__ == "__main__":

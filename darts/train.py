@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run_training(config, method="darts")
 
-    return run_program(work, PROG)
+    return run_program(work, PROG, config)
 
 
 if __name__ == "__main__":

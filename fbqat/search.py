@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run_search(config, method="fbqat", hooks=SearchHooks(train_flags=("--fixed_bit", "4")))
 
-    return run_program(work, PROG)
+    return run_program(work, PROG, config)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run_training(config, method="fbqat")
 
-    return run_program(work, PROG)
+    return run_program(work, PROG, config)
 
 
 if __name__ == "__main__":

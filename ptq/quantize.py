@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run_post_training(config, method="ptq")
 
-    return run_program(work, PROG)
+    return run_program(work, PROG, config)
 
 
 if __name__ == "__main__":

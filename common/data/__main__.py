@@ -77,7 +77,7 @@ def write(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write as the flags say; the exit code."""
     config = parser().parse_args(argv)
-    return run_program(lambda: write(config), PROG)
+    return run_program(lambda: write(config), PROG, config)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def load_own(spec: str, request: Request) -> ImageData:
     parameters = inspect.signature(function).parameters
     try:
         result = function(**{key: value for key, value in given.items() if key in parameters})
+    except MemoryError:
+        raise  # says by itself what to lower
     except Exception as error:  # the user's own code: whatever it raises is told with its place
         raise ValueError(f"{source}: the function failed: {type(error).__name__}: {error}") from error
     if isinstance(result, tuple | list) and len(result) == 4:

@@ -32,6 +32,7 @@ from torch import Tensor
 from common.engine.distributed import is_main, world_size
 from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, read_regular, write_synced
 from common.engine.safe_load import load_plain
+from common.engine.shortage import is_shortage
 
 SCHEMA = 1
 STATE, META = "state.pt", "meta.json"
@@ -63,9 +64,9 @@ def taking_up(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if is_shortage(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {' '.join(lines)[:300]}"
         raise ValueError(f"{what}: the checkpoint does not hold what is looked for ({reason})") from error

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from common.engine.shortage import has_room, is_shortage
+
 _ADVICE = ("Re-running", "Please file", "Check the documentation", "To execute", "Please use")
 _USUAL = ("torch", "collections")
 
@@ -27,6 +29,8 @@ def load_plain(data: bytes, where: str) -> Any:
             warnings.simplefilter("ignore")  # on how else such a file could be loaded
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # made-up bytes make the reader fail in any way there is; it fails here, by name
+        if is_shortage(error) and not has_room(len(data)):
+            raise  # a good file must not be passed over because memory is full just now
         raise ValueError(f"{where}: refused or unreadable: {_reason(error, data)}") from error
 
 

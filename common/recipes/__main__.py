@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     make_parser, work = COMMANDS[command]
     config = make_parser().parse_args(rest)
-    return run_program(lambda: work(config), f"{PROG} {command}")
+    return run_program(lambda: work(config), f"{PROG} {command}", config)
 
 
 if __name__ == "__main__":

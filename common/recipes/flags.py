@@ -268,16 +268,18 @@ def check_architecture(config: Config) -> list[str]:
     return []
 
 
-def run_program(main: Callable[[], Any], prog: str) -> int:
+def run_program(main: Callable[[], Any], prog: str, config: Config | None = None) -> int:
     """Run an entry point and give its exit code, with one line in place of a traceback for what the user can cure.
 
-    0: done. 2: something that was given is wrong (ValueError). 1: the disk or the network refused, or the training
-    left the finite numbers. 130: interrupted; 128 + N: stopped by signal N after a checkpoint; 141: the reader of our
+    `config`: its flags, of which those are named that lower what it takes when memory runs out.
+    0: done. 2: something that was given is wrong (ValueError). 1: the disk or the network refused, memory does not
+    suffice, or the training left the finite numbers. 130: interrupted; 128 + N: stopped by signal N after a checkpoint; 141: the reader of our
     output went away.
     """
     from common.engine import distributed
     from common.engine.guard import NonFiniteError
     from common.engine.preemption import Stopped
+    from common.engine.shortage import is_shortage, shortage_text
 
     try:
         main()
@@ -290,7 +292,7 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, NonFiniteError) as error:
-        _report(prog, error)
+        _report(prog, error, shortage_text(error, config) if is_shortage(error) else None)
         return 1
     except Stopped as stop:
         print(f"{prog}: {stop}; --resume auto goes on", file=sys.stderr)
@@ -300,6 +302,9 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
         print(f"{prog}: interrupted; --resume auto goes on", file=sys.stderr)
         return 130
     except Exception as error:
+        if is_shortage(error):
+            _report(prog, error, shortage_text(error, config))
+            return 1
         if not distributed.lost_a_rank(error):
             _leave_for_launcher(error)
             raise
@@ -308,9 +313,9 @@ def run_program(main: Callable[[], Any], prog: str) -> int:
     return 0
 
 
-def _report(prog: str, error: Exception) -> None:
-    """An error in a line; torchrun, which ends the other processes, shows it once more in its summary."""
-    print(f"{_rank()}{prog}: {error}", file=sys.stderr)
+def _report(prog: str, error: Exception, text: str | None = None) -> None:
+    """An error in a line (`text` in its place); torchrun, which ends the other processes, shows it once more."""
+    print(f"{_rank()}{prog}: {text or error}", file=sys.stderr)
     _leave_for_launcher(error)
 
 
