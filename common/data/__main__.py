@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a folder of images, one folder per class, as an FFCV file.
+"""Write a folder of images, one folder per class, as an FFCV file; or only look whether all can be read.
 
     python -m common.data IMAGENET/train --out train.ffcv --max-resolution 500 --compress-probability 0.5
+    python -m common.data IMAGENET/train --check
 
 The images keep torchvision's order (classes, then names), so that an index means the same in both. The class names are
 written beside the file, as X.ffcv.json.
@@ -32,6 +33,7 @@ def parser() -> Parser:
     add("--compress-probability", type=number(0, 1), default=1.0, metavar="P", help=share)
     add("--jpeg-quality", type=integer(1, 100), default=90, metavar="Q", help="of those JPEGs")
     add("--subset", type=integer(1), metavar="N", help="N images only, taken from the classes in turn")
+    add("--check", action="store_true", help="decode every image, name the first that is unreadable, write nothing")
     add("--workers", "-j", type=integer(1), metavar="N", help="processes that write (default: one a core)")
     return parser
 
@@ -53,6 +55,8 @@ def write(config: Config) -> None:
     from common.data.ffcv import INSTALL, why_missing, write_ffcv
     from common.data.folder import scan
 
+    if config.check:
+        return check_images(config)
     if config.folder is None or config.out is None:
         raise ValueError(f"{'DIR' if config.folder is None else '--out'}: is missing; see --help")
     if not config.folder.is_dir():
@@ -72,6 +76,18 @@ def write(config: Config) -> None:
         workers=config.workers or os.cpu_count() or 1,
     )
     print(f"wrote {config.out}: {config.out.stat().st_size / 1e6:,.1f} MB")
+
+
+def check_images(config: Config) -> None:
+    """Decode all images of the folder. Raises ValueError naming the first unreadable one, or an empty class."""
+    from common.data.folder import scan
+    from common.data.imagenet import FileSplit
+
+    if config.folder is None or not config.folder.is_dir():
+        raise ValueError(f"DIR {config.folder}: no such folder; give DIR, with DIR/CLASS/*")
+    classes, samples = scan(config.folder)
+    FileSplit(samples, config.workers or os.cpu_count() or 1).look()
+    print(f"{config.folder}: {len(samples):,} images of {len(classes)} classes, all readable")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

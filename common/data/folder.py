@@ -67,6 +67,11 @@ def _parts(root: Path) -> tuple[Path, Path]:
     test = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test is None:
         raise ValueError(f"--data {root}: expected {root / 'train'} and {root / 'val'} (or test), a folder per class")
+    if test.samefile(root / "train"):
+        raise ValueError(
+            f"--data {root}: {root / 'train'} and {test} are one and the same folder; training and test must not "
+            "overlap"
+        )
     return root / "train", test
 
 

@@ -38,6 +38,8 @@ from common.data.streamed import (
 
 IMAGE_SIZE = 224
 _JPEG = b"\xff\xd8\xff"
+LOOKED_AT = 32
+"""Images of each part that are decoded before anything starts: what is no collection of images is found out then."""
 _CHUNK = 4  # images a task: fewer would cost more in handing over than they gain
 Box = tuple[int, int, int, int]
 """Top, left, height, width of a crop, in pixels."""
@@ -53,7 +55,10 @@ def load_imagenet(request: Request) -> ImageData:
     classes, train, test = scan_folder(request.root)
     request.say(f"{len(train):,} + {len(test):,} images of {len(classes)} classes in {request.root}, read while used")
     info = imagenet_info(classes, request.image_size)
-    return ImageData(info, FileSplit(train, request.workers), FileSplit(test, request.workers))
+    splits = FileSplit(train, request.workers), FileSplit(test, request.workers)
+    for split in splits:
+        split.look(LOOKED_AT)
+    return ImageData(info, *splits)
 
 
 def imagenet_info(classes: list[str], image_size: int | None) -> DatasetInfo:
@@ -81,6 +86,14 @@ class FileSplit(StreamedSplit):
         self.paths = [path for path, _ in samples]
         self.labels = torch.tensor([label for _, label in samples])
         self._workers = workers
+
+    def look(self, count: int | None = None) -> None:
+        """Decode `count` images, evenly spread (None: all). Raises ValueError naming the first that is none."""
+        every = len(self) if count is None else min(count, len(self))
+        indices = [number * len(self) // every for number in range(every)]
+        with ThreadPoolExecutor(max(1, self._workers), "look") as pool:
+            for _ in pool.map(self._decode, indices):
+                pass
 
     def select(self, keep: Tensor) -> FileSplit:
         """The images at these indices."""

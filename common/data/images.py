@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -129,6 +131,12 @@ def check(data: ImageData, source: str) -> ImageData:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= info.num_classes:
             raise ValueError(f"{source}: {name} labels run from {low} to {high}; expected 0..{info.num_classes - 1}")
+    empty = (torch.bincount(data.train.labels, minlength=info.num_classes) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"{source}: no training image has label {empty[0]} ({len(empty)} of {info.num_classes} classes are empty); "
+            "nothing could learn them: add images, or leave these classes out"
+        )
     for field in ("mean", "std"):
         if len(getattr(info, field)) != info.channels:
             raise ValueError(f"{source}: info.{field} needs one figure per channel ({info.channels})")
@@ -137,3 +145,25 @@ def check(data: ImageData, source: str) -> ImageData:
     if min(info.std) <= 0 or not info.pad >= 0:
         raise ValueError(f"{source}: info.std must be above 0 and info.pad at least 0")
     return data
+
+
+def check_apart(data: ImageData, source: str, say: Callable[[str], None]) -> ImageData:
+    """`data` itself when its test images are others than its training images, compared pixel by pixel.
+
+    Raises ValueError naming `source` when a tenth of them or more are not: a test on images that were trained on says
+    nothing. Fewer, as collections of small images happen to have, are told.
+    """
+    seen = {_key(image) for image in data.train.images}
+    shared = [index for index, image in enumerate(data.test.images) if _key(image) in seen]
+    if 10 * len(shared) >= len(data.test) and shared:
+        raise ValueError(
+            f"{source}: {len(shared)} of {len(data.test)} test images are training images too (first: test image "
+            f"{shared[0]}); training and test must not overlap: take them out of one of the two"
+        )
+    if shared:
+        say(f"{len(shared)} of {len(data.test)} test images are training images too (first: test image {shared[0]})")
+    return data
+
+
+def _key(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()

@@ -50,7 +50,8 @@ def sample_parts(labels: Tensor, fractions: tuple[float, float], seed: int) -> t
     first, second = torch.minimum(first, sizes - 1), torch.minimum(second, sizes - torch.minimum(first, sizes - 1))
     ranks = _ranks(labels, torch.randperm(len(labels), generator=generator(seed, "split", "search parts")))
     first, second = first[labels], second[labels]
-    return (ranks < first).nonzero().flatten(), ((ranks >= first) & (ranks < first + second)).nonzero().flatten()
+    parts = (ranks < first).nonzero().flatten(), ((ranks >= first) & (ranks < first + second)).nonzero().flatten()
+    return check_disjoint(*parts, len(labels))
 
 
 def take_subset(labels: Tensor, share: float, seed: int) -> Tensor:
@@ -103,4 +104,19 @@ def _cut(labels: Tensor, count: int, seed: int, purpose: str) -> tuple[Tensor, T
     labels = labels.cpu()
     order = torch.randperm(len(labels), generator=generator(seed, "split", purpose))
     chosen = stratified(labels, count, order)
-    return chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
+    return check_disjoint(chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1), len(labels))
+
+
+def check_disjoint(one: Tensor, other: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Both parts (int64 indices of `count` images) themselves, when no image is in both, or twice in one.
+
+    A search whose architecture is trained on images that train its weights would still look like one, so this is
+    checked, although both parts are cut from one order. Raises ValueError with the number of shared images.
+    """
+    seen = torch.bincount(torch.cat([one, other]), minlength=count)
+    if len(seen) > count or int(seen.max()) > 1:
+        raise ValueError(
+            f"two parts of the training set overlap: {int((seen > 1).sum())} of {count} images are in both; this is a "
+            "defect of the split, please report it with the data set, the seed and the flags"
+        )
+    return one, other

@@ -8,6 +8,7 @@ over; its batch on the same network for a search of bits.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from common.engine.cli import Config
@@ -94,6 +95,8 @@ def check_imagenet(config: Config) -> list[str]:
         errors.append(f"--{files[0]}: .ffcv files come in pairs; give {other} too")
     if files and not is_imagenet(config):
         errors.append(f"--{files[0]}: .ffcv files are read as --dataset imagenet; drop one of the two")
+    if len(files) == 2 and Path(config.trainfile).resolve() == Path(config.valfile).resolve():
+        errors.append(f"--valfile: {config.valfile} is the file of --trainfile; training and test must not overlap")
     if files and config.data is not None:
         errors.append(f"--{files[0]}: --data names another copy of the images; drop one of the two")
     planned = getattr(config, "plan", False)  # which needs the published sizes alone

@@ -181,7 +181,11 @@ def test_random_boxes_follow_the_published_rule() -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_named_with_its_index(tmp_path: Path, damage: str, workers: int) -> None:
+def test_a_damaged_image_is_named_with_its_index(
+    tmp_path: Path, damage: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the look at the start did not meet."""
+    monkeypatch.setattr("common.data.imagenet.LOOKED_AT", 0)
     root = make_folder(tmp_path, train=4, val=1)
     path = root / "train" / "n02" / "2.JPEG"
     content = path.read_bytes()
