@@ -33,6 +33,11 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def unwritten(path: Path, error: OSError) -> OSError:
+    """The same error with the file in its message: the system does not name what it could not write."""
+    return OSError(error.errno, f"cannot write {path}: {error.strerror or error}")
+
+
 def write_bytes(path: Path, data: bytes) -> Path:
     """Replace `path` by `data` atomically: readers see the old file or the new one, also after a power cut.
 
@@ -47,7 +52,7 @@ def write_bytes(path: Path, data: bytes) -> Path:
         fsync_folder(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        raise unwritten(path, error) from error
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

@@ -22,8 +22,9 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,7 @@ from common.engine import distributed
 from common.engine.changes import MISSING, Change, as_text, check_epochs, effects, owner_of
 from common.engine.checkpoint import CheckpointStore, load_state
 from common.engine.environment import describe, started_as
-from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, write_json
+from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, unwritten, write_json
 from common.engine.progress import duration, say
 
 SCHEMA = 1
@@ -205,8 +206,11 @@ class Run:
         if self._log is None:
             self._early += lines
         else:
-            self._log.writelines(lines)
-            self._log.flush()
+            try:
+                self._log.writelines(lines)
+                self._log.flush()
+            except OSError as error:
+                raise unwritten(self.folder / LOG, error) from error
 
     def metrics(self, row: Mapping[str, float | int | str], *, step: int) -> None:
         """Add a row to metrics.csv and its numbers to TensorBoard. `step`: steps done, growing from row to row.
@@ -279,6 +283,7 @@ class Run:
             # a session that adds no row leaves the events to a killed one, which may not have written its last
             self._tensorboard_writer()
         if self._writer is not None:
+            self._writer.flush()  # raises what its thread met
             self._writer.close()
             self._writer = None
         environment = describe(self.config.get("device"))
@@ -305,20 +310,29 @@ class Run:
         return path
 
     def close(self) -> None:
-        """Close the files and let go of the folder. Calling it twice is fine."""
-        if self._writer is not None:
-            self._writer.close()
-        for file in (*self._growing.values(), self._log, self._lock):
-            if file is not None:
-                file.close()
+        """Close the files and let go of the folder. Calling it twice is fine. Raises OSError as a write does."""
+        open_ones = [self._writer, *self._growing.values(), self._log, self._lock]
         self._writer = self._log = self._lock = None
         self._growing = {}
+        errors = []
+        for file in open_ones:
+            try:
+                if file is not None:
+                    file.close()
+            except OSError as error:  # the others must be closed all the same
+                errors.append(error)
+        if errors:
+            raise unwritten(self.folder, errors[0]) from errors[0]
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else what ended the run is told
+                raise
 
     # ---- opening: decide where (rank 0), enter the folder (rank 0), take it up (all ranks)
 
@@ -510,13 +524,19 @@ class Run:
         return {"seconds": round(self.seconds, 3), "files": {name: file.tell() for name, file in self._growing.items()}}
 
     def _append(self, name: str, text: str) -> None:
-        self._growing[name].write(text)
-        self._growing[name].flush()
+        try:
+            self._growing[name].write(text)
+            self._growing[name].flush()
+        except OSError as error:
+            raise unwritten(self.folder / name, error) from error
 
     def _sync_growing(self) -> None:
-        for file in self._growing.values():
-            file.flush()
-            os.fsync(file.fileno())
+        for name, file in self._growing.items():
+            try:
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise unwritten(self.folder / name, error) from error
 
     def _tensorboard_writer(self) -> Any:
         """The SummaryWriter, made at the first row (its import takes a second); None when off or not installed."""
@@ -531,6 +551,7 @@ class Run:
         shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
         # purge_step=0 lets a TensorBoard that watches this folder forget what the events of the killed session said.
         purge = None if self.resumed_step is None else 0
+        threading.excepthook = _told_by_the_writer(threading.excepthook)
         self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=purge)
         for row in _csv_rows(self.folder / METRICS):
             for key, value in row.items():
@@ -556,6 +577,17 @@ class Run:
                 name = path.stem if path.stem not in artefacts else path.name
                 artefacts[name] = path.name
         return {**artefacts, "result": RESULT}
+
+
+def _told_by_the_writer(former: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A hook for errors of threads that keeps quiet of a disk which refuses events: the next row raises that error."""
+
+    def hook(told: Any) -> None:
+        events = type(told.thread).__module__.startswith("tensorboard.")
+        if not (events and isinstance(told.exc_value, OSError)):
+            former(told)
+
+    return hook
 
 
 # ---- folders

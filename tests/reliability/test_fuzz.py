@@ -79,7 +79,7 @@ def _main(program: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[[list
     """A program's main, which stops once its flags are accepted, and the names of its flags."""
     module = importlib.import_module(program)
     if hasattr(module, "run_program"):
-        monkeypatch.setattr(module, "run_program", lambda work, prog: 0)
+        monkeypatch.setattr(module, "run_program", lambda *_, **__: 0)
     if program == "report":
         monkeypatch.setattr(module, "_write", lambda *_: None)
     if program == "doctor":
