@@ -169,6 +169,7 @@ class ChildLoop:
         """One step of the child on this position's batch; nothing here waits for the device."""
         s = self.settings
         batches = batches_of(self.stream, self.epoch, self.position)
+        self.guard.start_of_step()
         # Dropout, drop path and stochastic signs: so that a step can be done again, whatever was done since.
         torch.manual_seed(derive(s.seed, "enas", "step", self.epoch, self.position, distributed.rank()))
         if s.drop_path:

@@ -86,6 +86,7 @@ class SearchLoop(ChildLoop):
         policy, first = self.policy, number * self.policy.aggregate
         if number == 0:
             self.run.log(f"Epoch {self.epoch + 1}: Training controller")
+        self.guard.start_of_step()
         self.model.eval()
         uniform = torch.rand(
             policy.aggregate, self.controller.decisions, generator=self.generator("controller", number)

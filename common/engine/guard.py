@@ -22,6 +22,7 @@ class FiniteGuard:
     """The flag, the count of good steps, and the copy of the last good state.
 
     ``base`` is the number of the step after which counting began; a loop that resumes sets it by :meth:`restart`.
+    A loop whose steps draw from torch's global generators says where each begins (:meth:`start_of_step`).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,6 +31,8 @@ class FiniteGuard:
         self.base = 0
         self._tensors: Callable[[], list[Tensor]] = list
         self._copies: dict[torch.dtype, Tensor] = {}
+        self._drawn: list[tuple[Tensor, Tensor | None]] = []  # the generators' states before each unchecked step
+        self._checked = 0  # the number of the first of these
 
     def protect(self, tensors: Callable[[], list[Tensor]], *optimizers: torch.optim.Optimizer, base: int = 0) -> None:
         """Mask these (fused) optimisers, and keep a last good copy of what ``tensors()`` gives (always the same)."""
@@ -44,8 +47,15 @@ class FiniteGuard:
         """Count from ``base`` steps, and take the present state as good."""
         self.halted.zero_()
         self.good_steps.zero_()
-        self.base = base
+        self.base = self._checked = base
+        self._drawn = []
         self._copies = {dtype: _flat(group) for dtype, group in self._grouped().items()}
+
+    def start_of_step(self) -> None:
+        """Note the generators' states: what a bad step has drawn is to be drawn again. They live on the host."""
+        device = self.halted.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._drawn.append((torch.get_rng_state(), cuda))
 
     @torch.no_grad()
     def check(self, *values: Tensor) -> None:
@@ -66,15 +76,29 @@ class FiniteGuard:
 
     def first_bad_step(self) -> int | None:
         """Number of the first bad step (``base`` included), None when all were good. Reads the device: log points."""
-        return self.base + int(self.good_steps) if float(self.halted) else None
+        if float(self.halted):
+            return self.base + int(self.good_steps)
+        self._checked += len(self._drawn)
+        self._drawn = []
+        return None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the last good copy back, and lower the flag."""
+        """Put the last good copy and the generators' states of then back, and lower the flag."""
         for dtype, group in self._grouped().items():
             pieces = self._copies[dtype].split([tensor.numel() for tensor in group])
             torch._foreach_copy_(group, [p.view_as(tensor) for p, tensor in zip(pieces, group, strict=True)])
+        self._restore_generators()
         self.halted.zero_()
+
+    def _restore_generators(self) -> None:
+        before = self.base + int(self.good_steps) - self._checked
+        if not before < len(self._drawn):
+            return  # a loop whose steps draw nothing, or by their address
+        here, cuda = self._drawn[before]
+        torch.set_rng_state(here)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.halted.device)
 
     def _grouped(self) -> dict[torch.dtype, list[Tensor]]:
         groups: dict[torch.dtype, list[Tensor]] = {}

@@ -250,6 +250,8 @@ class SearchLoop:
         if moving:
             batches = [*batches, *self._valid_batches()]
         searching = self.epoch >= self.settings.arch_begin_epoch
+        if self.static is None:  # a captured step draws nothing
+            self.guard.start_of_step()
         compute = self._compute if self.static is None else self.static
         compute((searching, moving, count), *(tensor for batch in batches for tensor in batch))
         self.step += 1

@@ -173,6 +173,7 @@ class _Training:
     def one_step(self) -> None:
         """One SGD step on this position's batch; nothing here waits for the device."""
         batches = batches_of(self.stream, self.epoch, self.step)
+        self.guard.start_of_step()
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
         counts: Tensor | None = None

@@ -38,7 +38,7 @@ def end_of(run: Path) -> dict[str, Any]:
     result = json.loads((run / "result.json").read_text())
     architecture = run / "architecture.json"
     return {
-        "state": _clockless(state),
+        "state": clockless(state),
         "step": meta["step"],
         "history": (run / "history.jsonl").read_text() if (run / "history.jsonl").exists() else "",
         "metrics": rows_of(run),
@@ -47,7 +47,7 @@ def end_of(run: Path) -> dict[str, Any]:
     }
 
 
-def _clockless(state: dict[str, Any]) -> dict[str, Any]:
+def clockless(state: dict[str, Any]) -> dict[str, Any]:
     """A search keeps its last figures in the checkpoint, rates and times among them."""
     summary = state.get("summary")
     if summary is None:
