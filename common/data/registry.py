@@ -11,7 +11,7 @@ from pathlib import Path
 from common.data.digits import load_digits
 from common.data.folder import load_folder
 from common.data.imagenet import load_imagenet
-from common.data.images import ImageData, check, check_apart
+from common.data.images import ImageData, check, check_own
 from common.data.own import load_own
 from common.data.published import load_cifar, load_mnist, locate_cifar, locate_mnist
 from common.data.request import Request
@@ -81,7 +81,7 @@ def load(
     files = {key: None if path is None else Path(path).expanduser() for key, path in files.items()}
     request = Request(None if root is None else Path(root).expanduser(), image_size, download, say, workers, **files)
     if data_module is not None:
-        data = check_apart(load_own(data_module, request), f"--data-module {data_module}", say)
+        data = check_own(load_own(data_module, request), f"--data-module {data_module}", say)
     else:
         data = _read(name, request)
     return data if classes is None else data.first_classes(classes)
@@ -94,7 +94,7 @@ def _read(name: str, request: Request) -> ImageData:
         if isinstance(data.train, StreamedSplit):
             return data
         check(data, f"--dataset {plain}")
-        return check_apart(data, f"--data {request.root}", request.say) if plain == "folder" else data
+        return check_own(data, f"--data {request.root}", request.say) if plain == "folder" else data
     if plain != "imagenet":
         raise ValueError(f"--trainfile: .ffcv files are read as --dataset imagenet, not {plain}; drop one of the two")
     if request.root is not None:

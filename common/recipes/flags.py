@@ -273,8 +273,8 @@ def run_program(main: Callable[[], Any], prog: str, config: Config | None = None
 
     `config`: its flags, of which those are named that lower what it takes when memory runs out.
     0: done. 2: something that was given is wrong (ValueError). 1: the disk or the network refused, memory does not
-    suffice, or the training left the finite numbers. 130: interrupted; 128 + N: stopped by signal N after a checkpoint; 141: the reader of our
-    output went away.
+    suffice, or the training left the finite numbers. 130: interrupted; 128 + N: stopped by signal N after a checkpoint;
+    141: the reader of our output went away.
     """
     from common.engine import distributed
     from common.engine.guard import NonFiniteError

@@ -16,7 +16,7 @@ PREFIX = "import numpy as np, torch\nfrom common.data import *\n"
 GOOD = {
     "a": "np.zeros((6, 1, 8, 8), np.uint8)",
     "b": "np.arange(6) % 3",
-    "c": "np.zeros((3, 1, 8, 8), np.uint8)",
+    "c": "np.ones((3, 1, 8, 8), np.uint8)",
     "d": "[0, 1, 2]",
 }
 
@@ -61,7 +61,7 @@ def test_a_whole_image_data_is_taken_as_it_is_and_resized_on_request(own: Any) -
         "def make():\n"
         "    part = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1, 0]))\n"
         "    info = DatasetInfo('mine', 2, 3, 8, ('x', 'y'), (.5,) * 3, (.2,) * 3, True, 1)\n"
-        "    return ImageData(info, part, part)"
+        "    return ImageData(info, part, Split(part.images + 1, part.labels))"
     )
     assert own(body).info.classes == ("x", "y")
     data = own(body, image_size=12)

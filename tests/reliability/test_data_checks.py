@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from common.data import DatasetInfo, ImageData, Split, hold_out, load, sample_parts, split_search, take_subset
-from common.data.images import check, check_apart
+from common.data.images import check_own
 from common.data.splits import check_disjoint
 from common.engine.cli import Config
 from common.recipes.parts import search_parts
@@ -95,19 +95,19 @@ def image_data(**changes: Any) -> ImageData:
 
 def test_an_empty_class_is_named_wherever_the_data_come_from() -> None:
     data = image_data()
-    assert check(data, "x") is data and check_apart(data, "x", print) is data
+    assert check_own(data, "x", print) is data
     two = Split(data.train.images, torch.arange(30) % 2)
     with pytest.raises(ValueError, match=r"--dataset x: no training image has label 2 \(1 of 3 classes are empty\)"):
-        check(image_data(train=two), "--dataset x")
+        check_own(image_data(train=two), "--dataset x", print)
 
 
 def test_one_pixel_makes_another_image() -> None:
     data = image_data()
     images = data.train.images[:10].clone()
     images[:, 0, 0, 0] ^= 1
-    assert check_apart(image_data(test=Split(images, data.test.labels)), "x", lambda text: pytest.fail(text))
+    assert check_own(image_data(test=Split(images, data.test.labels)), "x", lambda text: pytest.fail(text))
     with pytest.raises(ValueError, match="10 of 10 test images"):
-        check_apart(image_data(test=Split(data.train.images[:10], data.test.labels)), "x", print)
+        check_own(image_data(test=Split(data.train.images[:10], data.test.labels)), "x", print)
 
 
 # ---- folders of image files
