@@ -138,6 +138,7 @@ def test_a_training_killed_a_few_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_sixty_kills(trained: Path, tmp_path: Path) -> None:
     """Search and training of all six methods, and the quantisation. Two ranks: test_torchrun_restart.py."""
     table: dict[str, Counter[str]] = {}

@@ -30,11 +30,11 @@ SCHEDULES = ("--lr-schedule", "step", "--lr-step-epochs", "1", "--lr-warmup-epoc
 CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "search, second order": ("qdarts search", ("--unrolled",), 4),
     "train, lsq with a teacher": ("fbqat train", ("--steps-per-epoch", "2"), 4),
-    "enas search": ("enas search", ("--layer-bits", "stochastic"), 8),
 }
-QUICK_STOPS = {4: (1, 2, 4), 8: (1, 3, 4, 8)}
-"""Of the quick cases, by their steps: within an epoch (a controller's step too), at an epoch's end, after the last."""
+QUICK_STOPS = (1, 2, 4)
+"""Of the four steps of a quick case: within an epoch, at an epoch's end, after the last."""
 SLOW: dict[str, tuple[str, tuple[str, ...], int]] = CASES | {
+    "enas search": ("enas search", ("--layer-bits", "stochastic"), 8),
     "enas search, controller now and then": (
         "enas search",
         ("--controller-train-every", "2", "--epochs", "3", "--layer-bits", "stochastic"),
@@ -122,8 +122,10 @@ def stopped_at(stops: Iterable[int], program: str, argv: list[str]) -> None:
     for step in stops:
         torch.manual_seed(1000 + step)  # nothing may hang on what this process drew before
         random.seed(step)
+        handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
         with stop_before(step):
             code, said = call(program, [*argv, "--resume", "auto"])
+        assert {number: signal.getsignal(number) for number in preemption.SIGNALS} == handlers
         assert code == 128 + signal.SIGTERM, said
         assert int(newest(folder).name[5:]) == step
         assert f"stopped by SIGTERM after step {step}, which is saved; --resume auto goes on" in said
@@ -144,7 +146,7 @@ def check(case: tuple[str, tuple[str, ...], int], stops: Iterable[int], trained:
 
 @pytest.mark.parametrize("case", CASES)
 def test_from_any_step(case: str, trained: Path, tmp_path: Path) -> None:
-    check(CASES[case], QUICK_STOPS[CASES[case][2]], trained, tmp_path)
+    check(CASES[case], QUICK_STOPS, trained, tmp_path)
 
 
 @pytest.mark.slow
@@ -167,7 +169,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("end", ["signal", "crash"])
+@pytest.mark.parametrize("end", ["signal", pytest.param("crash", marks=pytest.mark.slow)])
 def test_between_the_architectures_step_and_the_weights(
     end: str, searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,9 +64,9 @@ CALIBRATION = ("ptq.post_training", "observe")
 Case = tuple[str, tuple[str, str], int, int, int, int | None]
 CASES: dict[str, Case] = {
     "evaluation of the last epoch": ("darts search", SEARCH_EVALUATION, USR2, 2, 140, 4),
-    "a step of a training": ("darts train", TRAIN_STEP, USR1, 2, 138, 2),
 }
 SLOW: dict[str, Case] = {
+    "a step of a training": ("darts train", TRAIN_STEP, USR1, 2, 138, 2),
     "loading of the data": ("darts search", LOADING, TERM, 1, -TERM, None),
     "loading of the data, Ctrl-C": ("darts search", LOADING, INT, 1, 130, None),
     "first step": ("darts search", SEARCH_STEP, INT, 1, 130, 1),

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks under torchrun, one of which is killed again and again: torchrun starts both anew, and nothing shows.
+
+Both ranks end with the same state, and with that of two ranks that were never killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.ends import assert_same, assert_same_end
+
+# A rank that the seed chooses is killed, after a random time of its steps or at a random call within a save, in every
+# attempt but the last. Each rank keeps the model that it ended with.
+PROGRAM = """
+import importlib, os, random, signal, sys, threading
+
+name, kills, here, *argv = sys.argv[1:]
+sys.path.insert(0, here)
+import torch
+from common.engine import distributed
+from common.engine import search_loop, train_loop
+
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+draw = random.Random(f"{name} {attempt}")
+victim, moment = draw.randrange(2), draw.choice(("step", "step", "fsync"))
+count, seconds = draw.randint(1, 3), draw.random()
+
+
+def die():
+    print(f"rank {rank} dies, attempt {attempt}", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(plain):
+    left = count
+
+    def calling(*arguments, **more):
+        nonlocal left
+        left -= 1
+        if not left:
+            if moment == "fsync":
+                die()
+            threading.Timer(seconds, die).start()
+        return plain(*arguments, **more)
+
+    return calling
+
+
+loop = search_loop.SearchLoop if "search" in name else train_loop._Training
+if attempt < int(kills) and rank == victim:
+    if moment == "fsync" and rank == 0:
+        os.fsync = dying(os.fsync)  # only rank 0 writes
+    else:
+        moment = "step"
+        loop.one_step = dying(loop.one_step)
+
+plain_init = loop.__init__
+made = []
+
+
+def init(self, *arguments, **more):
+    made.append(self)
+    plain_init(self, *arguments, **more)
+
+
+loop.__init__ = init
+code = importlib.import_module(name).main(argv)
+model = getattr(made[-1], "model", None) or made[-1].network
+torch.save(dict(model.state_dict()), f"{name}-rank-{rank}-of-{kills}.pt")
+sys.exit(code)
+"""
+COMMON = ["--preset", "smoke", "--device", "cpu", "--threads", "1", "--no-tensorboard", "--checkpoint-minutes", "1e-9"]
+SEARCH = [*COMMON, "--nodes", "2", "--multiplier", "2", "--epochs", "3", "--steps-per-epoch", "4", "--bits", "2", "8"]
+TRAIN = [*COMMON, "--arch", "PC_DARTS", "--epochs", "3", "--steps-per-epoch", "4", "--drop-path-prob", "0.3"]
+
+
+def torchrun(*words: str | Path, cwd: Path, restarts: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*command, f"--max-restarts={restarts}", *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "flags", "kills"), [("qdarts.search", SEARCH, 4), ("darts.train", TRAIN, 3)])
+def test_a_rank_killed_again_and_again(root: Path, tmp_path: Path, name: str, flags: list[str], kills: int) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    for many in (kills, 0):
+        words = ["program.py", name, str(many), root, *flags, "--save", f"run-{many}"]
+        done = torchrun(*words, cwd=tmp_path, restarts=many)
+        said, errors = done.communicate(timeout=400)
+        assert done.returncode == 0, errors
+        died = re.findall(r"rank (\d) dies, attempt (\d)", errors)
+        assert [int(attempt) for _, attempt in died] == list(range(many)), "one kill in every attempt but the last"
+        assert "not as before" not in said
+        if many:
+            print(f"{name}: ranks {', '.join(rank for rank, _ in died)} killed, {said.count('going on in')} resumes")
+    assert_same_end(tmp_path / "run-0", tmp_path / f"run-{kills}")
+    found = [
+        torch.load(tmp_path / f"{name}-rank-{rank}-of-{many}.pt", weights_only=True)
+        for many in (kills, 0)
+        for rank in (0, 1)
+    ]
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_stops_both_ranks_at_one_step(root: Path, tmp_path: Path) -> None:
+    """The launcher hands it on; what follows equals two ranks that were never stopped."""
+    flags = [*TRAIN[:-6], "--epochs", "1", "--steps-per-epoch", "40", "--log-every", "1"]
+    flags = [flag if flag != "1e-9" else "10" for flag in flags]
+    program = [root / "darts/train.py", *flags, "--resume", "auto", "--save"]
+    first = torchrun(*program, "stopped", cwd=tmp_path)
+    rows = tmp_path / "stopped" / "metrics.csv"
+    give_up = time.monotonic() + 300
+    while not (rows.exists() and rows.read_text().count("\n") > 3):
+        assert first.poll() is None and time.monotonic() < give_up, "no step was made"
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode != 0
+    stopped = re.findall(r"stopped by SIGTERM after step (\d+), which is saved", errors)
+    assert len(stopped) == 2 and len(set(stopped)) == 1 and int(stopped[0]) % 10 == 0, errors
+    for name in ("stopped", "whole"):
+        done = torchrun(*program, name, cwd=tmp_path)
+        said, errors = done.communicate(timeout=400)
+        assert done.returncode == 0, errors
+        assert (f"going on in stopped after step {stopped[0]}\n" in said) == (name == "stopped")
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
