@@ -24,7 +24,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -458,7 +459,8 @@ class Run:
         else:
             step = place.meta["step"]
             sessions = _read_config(folder).get("sessions", [])
-            messages = _cut_back(folder, place.meta["extra"].get("files", {})) + _changes(sessions, environment)
+            _check_noted(place.meta)
+            messages = _cut_back(folder, place.meta) + _changes(sessions, environment)
             messages += _other_ranks(place.meta)
             messages += as_text(place.changed, step)
             moved = CheckpointStore(folder / CHECKPOINTS, config_digest=self._owner).abandon_newer(step)
@@ -521,7 +523,9 @@ class Run:
     def _extra(self) -> dict[str, Any]:
         """What a checkpoint notes of the run around it. Rows must be durable before the checkpoint that counts them."""
         self._sync_growing()
-        return {"seconds": round(self.seconds, 3), "files": {name: file.tell() for name, file in self._growing.items()}}
+        lengths = {name: file.tell() for name, file in self._growing.items()}
+        digests = {name: _digest_of(self.folder / name, length) for name, length in lengths.items()}
+        return {"seconds": round(self.seconds, 3), "files": lengths, "sha256": digests}
 
     def _append(self, name: str, text: str) -> None:
         try:
@@ -553,10 +557,11 @@ class Run:
         purge = None if self.resumed_step is None else 0
         threading.excepthook = _told_by_the_writer(threading.excepthook)
         self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=purge)
-        for row in _csv_rows(self.folder / METRICS):
-            for key, value in row.items():
-                if key != "step" and _is_number(value):
-                    self._writer.add_scalar(key, float(value), int(row["step"]))
+        with _reading_rows(self.folder / METRICS):
+            for row in _csv_rows(self.folder / METRICS):
+                for key, value in row.items():
+                    if key != "step" and _is_number(value):
+                        self._writer.add_scalar(key, float(value), int(row["step"]))
         return self._writer
 
     def _inside(self, path: str | Path) -> Path:
@@ -704,17 +709,43 @@ def _lock(folder: Path) -> IO[str] | None:
 # ---- files that grow
 
 
-def _cut_back(folder: Path, lengths: Mapping[str, int]) -> list[str]:
-    """Cut the growing files to what they were when the checkpoint was made; say when rows are missing."""
-    messages = []
+def _cut_back(folder: Path, meta: Mapping[str, Any]) -> list[str]:
+    """Cut the growing files to what they were when the checkpoint was made; say when rows are missing.
+
+    Raises ValueError where what was there then is not what is there now: rows cannot follow damaged ones.
+    """
+    lengths, digests = meta["extra"].get("files", {}), meta["extra"].get("sha256", {})
+    messages, cuts = [], []
     for name in _GROWING:
-        path, length = folder / name, int(lengths.get(name, 0))
+        path, length = folder / name, lengths.get(name, 0)
         present = path.stat().st_size if path.exists() else 0
-        if present > length:
-            os.truncate(path, length)
-        elif present < length:
+        if present < length:
             messages.append(f"{name} is shorter than at the checkpoint ({present} < {length} bytes): rows are lost")
+        elif name in digests and path.exists() and _digest_of(path, length) != digests[name]:
+            raise ValueError(
+                f"{path}: was damaged or changed since the checkpoint of step {meta['step']}; put the right file back, "
+                "or delete it to go on without its rows"
+            )
+        elif present > length:
+            cuts.append((path, length))
+    for path, length in cuts:
+        os.truncate(path, length)
     return messages
+
+
+def _check_noted(meta: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a checkpoint notes of its run what `Run._extra` writes, or what older versions did."""
+    extra = meta["extra"]
+    lengths, digests = extra.get("files", {}), extra.get("sha256", {})
+    right = isinstance(lengths, dict) and isinstance(digests, dict) and type(extra.get("seconds", 0.0)) in (int, float)
+    if not right or not all(type(length) is int and length >= 0 for length in lengths.values()):
+        raise ValueError(f"the checkpoint of step {meta['step']}: what it notes of its run is not what a run writes")
+
+
+def _digest_of(path: Path, length: int) -> str:
+    """sha256 of a file's first `length` bytes."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(length)).hexdigest()
 
 
 def _changes(sessions: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
@@ -744,17 +775,28 @@ def _csv_end(path: Path) -> tuple[list[str] | None, int | None]:
     """(columns, last row's step) of metrics.csv, None for what is not there yet."""
     if not path.exists() or not path.stat().st_size:
         return None, None
-    with open(path, encoding="utf-8", newline="") as file:
-        columns = next(csv.reader(file))
-    rows = _csv_rows(path)
-    return columns, int(rows[-1]["step"]) if rows else None
+    with _reading_rows(path):
+        with open(path, encoding="utf-8", newline="") as file:
+            columns = next(csv.reader(file))
+        rows = _csv_rows(path)
+        return columns, int(rows[-1]["step"]) if rows else None
 
 
 def _jsonl_end(path: Path) -> int | None:
     if not path.exists():
         return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return int(json.loads(lines[-1])["epoch"]) if lines else None
+    with _reading_rows(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return int(json.loads(lines[-1])["epoch"]) if lines else None
+
+
+@contextmanager
+def _reading_rows(path: Path) -> Iterator[None]:
+    """ValueError with the file's name for rows that are none (of a run whose checkpoints note no digest of them)."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, StopIteration, csv.Error) as error:
+        raise ValueError(f"{path}: its rows cannot be read ({error}); delete it to go on without them") from error
 
 
 def _is_number(text: str) -> bool:
