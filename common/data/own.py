@@ -70,6 +70,11 @@ def import_file(path: Path, source: str) -> ModuleType:
     """Run a user's Python file and give its module; ValueError, beginning with `source`, when that fails."""
     if not path.is_file():
         raise ValueError(f"{source}: no such file: {path}")
+    if (run := _run_around(path)) is not None:
+        raise ValueError(
+            f"{source}: {path} lies in the folder of a run ({run}), whose files are data and are never executed; read "
+            "it, and copy it elsewhere if it is yours"
+        )
     # A name of its own, so that two files called data.py do not meet in sys.modules.
     module_name = f"own_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     found = importlib.util.spec_from_file_location(module_name, path)
@@ -83,6 +88,15 @@ def import_file(path: Path, source: str) -> ModuleType:
         del sys.modules[module_name]
         raise ValueError(f"{source}: importing failed: {type(error).__name__}: {error}") from error
     return module
+
+
+def _run_around(path: Path) -> Path | None:
+    """The run folder that holds a file; None where none does. A run from elsewhere may name what it brought along."""
+    marks = ("result.json", "checkpoints", "history.jsonl")
+    for folder in path.parents:
+        if (folder / "config.json").is_file() and any((folder / mark).exists() for mark in marks):
+            return folder
+    return None
 
 
 def _from_arrays(arrays: Any, name: str, source: str) -> ImageData:

@@ -85,6 +85,8 @@ class Plan:
             for point in _points(template.grid, values, where):
                 fill = _Filler({**values, **point, "seed": str(seed)}, jobs, where)
                 name = fill.text(template.name)
+                if not _stays_inside(name):
+                    raise ValueError(f"{where}: name {name!r} leads out of --out; give a name, or names parted by /")
                 if name in jobs:
                     raise ValueError(f"{where}: {name} is there twice; put the grid's variables into the name")
                 folder = Path(str(values["out"])) / f"s{seed}" / name
@@ -181,6 +183,11 @@ def _points(grid: Mapping[str, Value], values: Mapping[str, Value], where: str) 
     fill = _Filler(dict(values), {}, where)
     axes = [fill.words([entry]) if isinstance(entry, str) else entry for entry in grid.values()]
     return [dict(zip(grid, point)) for point in itertools.product(*axes)]
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a job's name, which may have parts, gives a folder below the one of its seed."""
+    return "\0" not in name and all(part.strip() not in ("", ".", "..") for part in name.split("/"))
 
 
 def _offer(name: str, known: Iterable[str]) -> str:

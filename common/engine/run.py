@@ -16,6 +16,7 @@ metrics.csv then, since a killed process leaves its last events unwritten. (desi
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -386,6 +387,7 @@ class Run:
             raise ValueError(
                 f"{flag}: no run lies there (no {CONFIG}), and nothing is overwritten; name another folder"
             )
+        _refuse_links(folder, flag)
         saved = _read_config(folder)
         changes = self._identity.changes(saved)
         finished = _is_finished(folder)
@@ -663,6 +665,19 @@ def _is_empty(folder: Path) -> bool:
     return all(path.name == LOCK or path.name.startswith(TEMPORARY) for path in folder.iterdir())
 
 
+def _refuse_links(folder: Path, flag: str) -> None:
+    """Raise ValueError when one of the run's own files is a link out of its folder: writing, cutting back and removing
+    would change what lies elsewhere.
+    """
+    home = folder.resolve()
+    for path in (folder / name for name in (*_OWN, TENSORBOARD, CHECKPOINTS, LOCK)):
+        if path.is_symlink() and home not in path.resolve().parents:
+            raise ValueError(
+                f"{flag}: {path} is a link out of the run's folder, where nothing is written; put what it points to in "
+                "its place"
+            )
+
+
 def _is_finished(folder: Path) -> bool:
     if not (folder / RESULT).exists():
         return False
@@ -685,7 +700,13 @@ def _lock(folder: Path) -> IO[str] | None:
         import fcntl
     except ImportError:  # no such locks on this system: two runs in one folder are then the user's care
         return None
-    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held open on purpose)
+    try:  # not through a link, which would empty the file that it points to
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{folder / LOCK}: a link, through which nothing is written; remove it") from error
+    file = os.fdopen(handle, "a+", encoding="utf-8")  # held open on purpose
     give_up = time.monotonic() + _LOCK_PATIENCE
     while True:
         try:
