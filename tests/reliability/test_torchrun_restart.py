@@ -19,50 +19,37 @@ import torch
 
 from tests.helpers.ends import assert_same, assert_same_end
 
-# A rank that the seed chooses is killed, after a random time of its steps or at a random call within a save, in every
-# attempt but the last. Each rank keeps the model that it ended with.
+# A rank that the seed chooses dies in every attempt but the last: before a step, within one (while the ranks exchange
+# gradients) or within a save. Each rank keeps the model that it ended with.
 PROGRAM = """
-import importlib, os, random, signal, sys, threading
+import importlib, os, random, signal, sys
 
 name, kills, here, *argv = sys.argv[1:]
 sys.path.insert(0, here)
 import torch
-from common.engine import distributed
-from common.engine import search_loop, train_loop
+from common.engine import distributed, search_loop, train_loop
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-draw = random.Random(f"{name} {attempt}")
-victim, moment = draw.randrange(2), draw.choice(("step", "step", "fsync"))
-count, seconds = draw.randint(1, 3), draw.random()
-
-
-def die():
-    print(f"rank {rank} dies, attempt {attempt}", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def dying(plain):
-    left = count
-
-    def calling(*arguments, **more):
-        nonlocal left
-        left -= 1
-        if not left:
-            if moment == "fsync":
-                die()
-            threading.Timer(seconds, die).start()
-        return plain(*arguments, **more)
-
-    return calling
-
-
+draw = random.Random(f"1 {name} {attempt}")
+victim, moment, left = draw.randrange(2), draw.choice(("step", "reduction", "save")), draw.randint(1, 3)
 loop = search_loop.SearchLoop if "search" in name else train_loop._Training
+owner, method = {"step": (loop, "one_step"), "reduction": (distributed, "average_"), "save": (os, "fsync")}[moment]
+if moment == "save" and victim == 1:  # only rank 0 writes
+    owner, method = loop, "one_step"
+plain = getattr(owner, method)
+
+
+def dying(*arguments, **more):
+    global left
+    left -= 1
+    if not left:
+        print(f"rank {rank} dies, attempt {attempt}, {method}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*arguments, **more)
+
+
 if attempt < int(kills) and rank == victim:
-    if moment == "fsync" and rank == 0:
-        os.fsync = dying(os.fsync)  # only rank 0 writes
-    else:
-        moment = "step"
-        loop.one_step = dying(loop.one_step)
+    setattr(owner, method, dying)
 
 plain_init = loop.__init__
 made = []
@@ -105,11 +92,12 @@ def test_a_rank_killed_again_and_again(root: Path, tmp_path: Path, name: str, fl
         done = torchrun(*words, cwd=tmp_path, restarts=many)
         said, errors = done.communicate(timeout=400)
         assert done.returncode == 0, errors
-        died = re.findall(r"rank (\d) dies, attempt (\d)", errors)
-        assert [int(attempt) for _, attempt in died] == list(range(many)), "one kill in every attempt but the last"
+        died = re.findall(r"rank (\d) dies, attempt (\d), (\w+)", errors)
+        assert [int(attempt) for _, attempt, _ in died] == list(range(many)), "one kill in every attempt but the last"
         assert "not as before" not in said
         if many:
-            print(f"{name}: ranks {', '.join(rank for rank, _ in died)} killed, {said.count('going on in')} resumes")
+            where = ", ".join(f"rank {rank} in {method}" for rank, _, method in died)
+            print(f"{name}: {many} kills ({where}), {said.count('going on in')} resumes")
     assert_same_end(tmp_path / "run-0", tmp_path / f"run-{kills}")
     found = [
         torch.load(tmp_path / f"{name}-rank-{rank}-of-{many}.pt", weights_only=True)
