@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from common.engine.distributed import is_main, world_size
-from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, read_regular, write_synced
+from common.engine.files import TEMPORARY, check_schema, fsync_folder, plain, read_json, read_regular, write_synced
 from common.engine.safe_load import load_plain
 from common.engine.shortage import is_shortage
 
@@ -274,8 +274,7 @@ def check_loadable(value: Any, name: str = "state") -> None:
 def _verified(path: Path) -> tuple[bytes, dict[str, Any]]:
     """The bytes of state.pt and meta.json, digests and step checked; ValueError names what is wrong."""
     meta = read_json(path / META, limit=_LIMIT_META)
-    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
-        raise ValueError(f"{path}/{META}: not a checkpoint's meta of schema {SCHEMA}")
+    check_schema(meta, SCHEMA, f"{path}/{META}", "a checkpoint's meta")
     for key, kind in _FIELDS.items():
         if not isinstance(meta.get(key), kind):
             raise ValueError(f"{path}/{META}: {key} is missing or of the wrong type")

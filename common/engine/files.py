@@ -116,3 +116,17 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
         return parse_json(data)
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def check_schema(data: Any, schema: int, where: str, what: str) -> dict[str, Any]:
+    """The object `data` itself when it is of this schema. Raises ValueError that begins with `where` and names the
+    schema that it is of: a file of a later version is not guessed at.
+    """
+    if not isinstance(data, dict) or "schema" not in data:
+        raise ValueError(f"{where}: not {what} (no schema)")
+    if data["schema"] is True or data["schema"] != schema:
+        raise ValueError(
+            f"{where}: {what} of schema {data['schema']!r}, and this version reads schema {schema}; use the version "
+            "that wrote it"
+        )
+    return data

@@ -20,7 +20,7 @@ from typing import Any
 
 from common.engine.changes import changes_of, flag, owner_of
 from common.engine.environment import ROOT, describe
-from common.engine.files import read_json
+from common.engine.files import check_schema, read_json
 
 # Said anew: where the run goes. Said by their values: presets apart, what other flags and files brought together.
 _PLACES = frozenset(
@@ -59,9 +59,7 @@ def read_repeat(run: Path, *, folder: Path | None = None, own_code: bool = False
     that its flags name may be executed. Raises ValueError naming the file, the field and the cure.
     """
     path = run / "config.json"
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("schema") != 1:
-        raise ValueError(f"{path}: not a run's configuration of schema 1")
+    record = check_schema(read_json(path), 1, str(path), "a run's configuration")
     for key, kind in (("config", dict), ("sources", dict), ("method", str), ("stage", str)):
         if not isinstance(record.get(key), kind):
             raise ValueError(f"{path}: {key} is missing or of the wrong type")

@@ -37,7 +37,7 @@ from common.engine import distributed
 from common.engine.changes import MISSING, Change, as_text, check_epochs, effects, owner_of
 from common.engine.checkpoint import CheckpointStore, load_state
 from common.engine.environment import describe, started_as
-from common.engine.files import TEMPORARY, fsync_folder, plain, read_json, unwritten, write_json
+from common.engine.files import TEMPORARY, check_schema, fsync_folder, plain, read_json, unwritten, write_json
 from common.engine.progress import duration, say
 
 SCHEMA = 1
@@ -686,9 +686,9 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or not isinstance(config.get("config"), dict) or config.get("schema") != SCHEMA:
-        raise ValueError(f"{folder / CONFIG}: not a run's configuration of schema {SCHEMA}")
+    config = check_schema(read_json(folder / CONFIG), SCHEMA, str(folder / CONFIG), "a run's configuration")
+    if not isinstance(config.get("config"), dict):
+        raise ValueError(f"{folder / CONFIG}: config is missing or of the wrong type")
     if not isinstance(config.get("sessions", []), list):
         raise ValueError(f"{folder / CONFIG}: sessions is not a list")
     return config

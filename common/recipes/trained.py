@@ -19,6 +19,7 @@ from common.data import DatasetInfo, ImageData, Split, StreamedSplit, evaluation
 from common.engine import CheckpointStore, ClassificationMeter, distributed, load_state, read_json
 from common.engine.changes import owner_of
 from common.engine.checkpoint import state_digest, taking_up
+from common.engine.files import check_schema
 from common.nets import Architecture, EvaluationNetwork, network_of
 from common.quant import fold_normalization
 from common.strict_json import parse_json
@@ -107,7 +108,8 @@ def load_trained(
     if not (run / "config.json").is_file():
         raise ValueError(f"{flag} {run}: no run lies there (no config.json); give the folder of a training run")
     record = read_json(run / "config.json")
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+    check_schema(record, 1, f"{flag} {run}: config.json", "a run's configuration")
+    if not isinstance(record.get("config"), dict):
         raise ValueError(f"{flag} {run}: its config.json is not a run's")
     if record.get("stage") not in TRAINED_STAGES:
         raise ValueError(f"{flag} {run}: a {record.get('stage')} run; give a training run (train.py --arch {run})")

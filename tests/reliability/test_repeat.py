@@ -269,8 +269,8 @@ def test_python_that_a_config_names_is_not_executed_unasked(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[]", "not a run's configuration"),
-        ('{"schema": 2}', "not a run's configuration"),
+        ("[]", "not a run's configuration (no schema)"),
+        ('{"schema": 2}', "of schema 2, and this version reads schema 1"),
         ('{"schema": 1, "config": []}', "config is missing or of the wrong type"),
         ("{", "not valid JSON"),
     ],
