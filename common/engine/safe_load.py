@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import torch
 
 from common.engine.shortage import has_room, is_shortage
 
-_ADVICE = ("Re-running", "Please file", "Check the documentation", "To execute", "Please use")
+# torch's text goes on with how to load the file all the same
+_ADVICE = re.compile(r"Please (use|file)|Check the documentation|To execute|This is an internal")
+_TRUST = ("Weights only load failed", "weights_only", "Re-running", "trust")
 _USUAL = ("torch", "collections")
 
 
@@ -35,12 +38,12 @@ def load_plain(data: bytes, where: str) -> Any:
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    """torch's refusal without its advice to load with full trust, and the globals where it did not name one."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not any(word in line for word in _ADVICE)]
-    text = " ".join(kept)[:600] or type(error).__name__
-    strange = [name for name in named_globals(data) if name.split(".")[0] not in _USUAL and name not in text]
-    return f"it asks for {', '.join(strange[:5])[:300]} ({text})" if strange else text
+    """torch's cause without its advice to load with full trust, and the globals where it did not name one."""
+    lines = [_ADVICE.split(line)[0].strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not any(word in line for word in _TRUST)]
+    cause = " ".join(kept)[:300] or type(error).__name__
+    strange = [name for name in named_globals(data) if name.split(".")[0] not in _USUAL and name not in cause]
+    return f"it asks for {', '.join(strange[:5])[:300]} ({cause})" if strange else cause
 
 
 def named_globals(data: bytes) -> list[str]:

@@ -40,6 +40,7 @@ SPACE = "enas-micro"
 OPERATION_NAMES = ("sep_conv_3x3", "sep_conv_5x5", "avg_pool_3x3", "max_pool_3x3", "identity")
 IDENTITY = OPERATION_NAMES.index("identity")
 KERNELS = (3, 5)
+_MAX_LETTERS = 100_000  # of an architecture, comments included
 MAX_BLOCKS = 64
 
 Block = tuple[int, int, int, int]
@@ -104,10 +105,12 @@ def parse_cells(text: str, blocks: int | None = None) -> MicroCells:
     `blocks`: how many each cell must have. Raises ValueError for what is no integer, for another length, for an input
     that does not exist and for an unknown operation, each in its own words.
     """
+    if len(text) > _MAX_LETTERS:
+        raise ValueError(f"{len(text):,} letters do not make two cells; at most {_MAX_LETTERS:,} are read")
     words = re.sub(r"[\[\],]", " ", re.sub(r"#[^\n]*", " ", text)).split()
     for word in words:
         if not re.fullmatch(r"[+-]?\d{1,9}", word):
-            raise ValueError(f"{word!r} is no integer; an architecture is blank-separated integers")
+            raise ValueError(f"{word[:40]!r} is no integer; an architecture is blank-separated integers")
     numbers = [int(word) for word in words]
     wanted = "" if blocks is None else f"; this network has {blocks} blocks a cell: {8 * blocks} numbers"
     if not numbers or len(numbers) % 8 or len(numbers) > 8 * MAX_BLOCKS:
