@@ -105,7 +105,7 @@ def kill_again_and_again(
     name: str, trained: Path | None, folder: Path, draw: random.Random, kills: int
 ) -> Counter[str]:
     """Runs of one program that are killed, at least so many times in all; each ends as one that was not."""
-    program, argv = argv_of(name, *OFTEN, trained=trained)
+    program, argv = argv_of(name, *(() if name == "ptq quantize" else OFTEN), trained=trained)
     started = time.monotonic()
     assert end_of(start(program, [*argv, "--save", str(folder / "whole")], folder / "whole.txt")) == 0
     whole = time.monotonic() - started

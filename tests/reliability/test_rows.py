@@ -31,7 +31,6 @@ DEATHS: list[Death] = [
     ("common.engine.checkpoint:CheckpointStore", "save", 2, "after"),
     ("common.engine.run:Run", "metrics", 1, "before"),
     ("common.engine.run:Run", "finish", 1, "before"),
-    ("common.engine.run:Run", "finish", 1, "before"),
 ]
 
 
@@ -105,11 +104,13 @@ def killed(name: str, deaths: list[Death], flags: tuple[str, ...], folder: Path)
     for death in deaths:
         code = end_of(start(program, argv, said, dying(death)))
         assert code == -signal.SIGKILL, f"{death}: {code}\n{said.read_text()}"
+        for events in (folder / "tensorboard").glob("*"):
+            os.truncate(events, events.stat().st_size * 2 // 3)  # the rest waited in the killed process
     assert end_of(start(program, argv, said)) == 0, said.read_text()
     return folder
 
 
-def test_a_training_that_died_eight_times(tmp_path: Path) -> None:
+def test_a_training_that_died_seven_times(tmp_path: Path) -> None:
     flags = ("--epochs", "3", "--log-every", "2", "--init-channels", "2")
     run = killed("qdarts train", DEATHS, flags, tmp_path / "run")
     check_rows(run, [2, 3, 5, 6, 8, 9], 3)
