@@ -64,6 +64,8 @@ def taking_up(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except ValueError as error:
+        raise error if str(error).startswith(what) else ValueError(f"{what}: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         if is_shortage(error):
             raise

@@ -20,7 +20,7 @@ from common.engine import load_state, read_json
 from common.recipes.searched import load_searched
 from common.recipes.trained import load_trained
 from tests.helpers.ends import assert_same_end
-from tests.helpers.mangled import clean, refusal, seal, snapshot
+from tests.helpers.mangled import clean, refusal, seal, sign, snapshot
 from tests.helpers.smoke_runs import SMOKE, call
 
 TRAIN = [*SMOKE, "--arch", "PC_DARTS", "--wbits", "2", "--abits", "2", "--epochs", "3"]
@@ -254,3 +254,55 @@ def test_one_bit_of_the_rows(name: str, run: Path, runs: dict[str, Path]) -> Non
     assert code == 0 and f"{name} is shorter than at the checkpoint" in said
     figures = [read_json(folder / "result.json")["metrics"] for folder in (run, runs["train"])]
     assert figures[0]["test_loss"] == figures[1]["test_loss"]
+
+
+MADE: dict[str, dict[str, object]] = {
+    "nothing": {},
+    "no architecture": {"architecture": None},
+    "an architecture that is no JSON": {"architecture": "{"},
+    "a network of a billion cells": {"build": {"layers": 10**9}},
+    "a network of a billion channels": {"build": {"init_channels": 10**9}},
+    "an unknown argument": {"build": {"command": "x"}},
+    "a tensor for a number": {"build": {"num_classes": torch.zeros(3)}},
+    "no number": {"build": {"layers": None}},
+    "an image of a million pixels a side": {"data": {"image_size": 10**6}},
+    "weights of another shape": {"model": {"classifier.weight": torch.zeros(2, 2)}},
+    "sparse weights": {"model": {"classifier.weight": torch.zeros(10, 32).to_sparse()}},
+    "weights that are text": {"model": {"classifier.weight": "x"}},
+    "a list of weights": {"model": [1, 2]},
+    "post_training": {"post_training": []},
+}
+"""What somebody may write into a checkpoint on purpose; the fuzz found a traceback for most of them."""
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_checkpoints_made_on_purpose(kind: str, run: Path) -> None:
+    """Digests that fit, and a content that describes no network: one line, from every reader."""
+    for folder in checkpoints(run):
+        state = torch.load(folder / "state.pt", weights_only=True)
+        for key, value in MADE[kind].items():
+            old = state.get(key)
+            state[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        torch.save(state if MADE[kind] else {}, folder / "state.pt")
+        sign(folder)
+    before = snapshot(run)
+    for program, argv, flag in (
+        ("evaluate.py", [str(run), "--device", "cpu"], "RUN"),
+        ("qdarts/train.py", [*SMOKE, "--arch", "PC_DARTS", "--dry-run", "--init-from", str(run)], "--init-from"),
+    ):
+        code, said = clean(lambda program=program, argv=argv: _main(program)(argv))
+        assert code == 2 and f"{flag} {run}" in said, said
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("key", ["model", "optimizer", "meter", "rng", "epoch", "step", "best"])
+def test_a_resume_from_a_state_that_lacks_something(key: str, run: Path) -> None:
+    """As of a version that wrote other states, or made on purpose."""
+    (run / "result.json").unlink()
+    newer = checkpoints(run)[1]
+    state = torch.load(newer / "state.pt", weights_only=True)
+    del state[key]
+    torch.save(state, newer / "state.pt")
+    sign(newer)
+    code, said = clean(lambda: _main("qdarts/train.py")([*TRAIN, "--save", str(run), "--resume", "auto"]))
+    assert code == 2 and "--resume: the checkpoint does not hold what is looked for" in said, said
