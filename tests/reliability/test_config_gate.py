@@ -170,12 +170,14 @@ def test_later_resumes_know_the_changed_run(torn: Path, capsys: pytest.CaptureFi
     assert len(taken.init_from_digest) == 64
 
 
-def test_a_table_never_takes_a_changed_run_for_a_repeat(torn: Path, unchanged: Path, tmp_path: Path) -> None:
-    again = Path(shutil.copytree(unchanged, tmp_path / "again"))
+def test_a_table_never_takes_a_changed_run_for_a_repeat(torn: Path, tmp_path: Path) -> None:
+    """Not of one that had the new flags from its start, and whose settings are the same by the end."""
     train(torn, "--resume", "auto", "--allow-config-change", "--grad-clip", "4.5")
-    rows = group([read_run(folder) for folder in (unchanged, again, torn)])
+    train(tmp_path / "clean", "--grad-clip", "4.5")
+    again = Path(shutil.copytree(tmp_path / "clean", tmp_path / "again"))
+    rows = group([read_run(folder) for folder in (tmp_path / "clean", again, torn)])
     assert [len(row.records) for row in rows] == [1, 1]
-    assert {folder for row in rows for repeat in row.repeats for folder in (repeat[0].folder,)} == {again}
+    assert [repeat.folder for row in rows for repeat, _ in row.repeats] == [again]
 
 
 @pytest.mark.parametrize(
