@@ -293,7 +293,7 @@ def one_line(text: str) -> str:
 
 
 # A checkpoint of this size takes 110 kB: the first fails; rows and log, of which some kB are written, fail.
-@pytest.mark.parametrize("limit", [60_000, 1_500])
+@pytest.mark.parametrize("limit", [60_000, pytest.param(1_500, marks=pytest.mark.slow)])
 def test_a_training_whose_disk_fills(limit: int, whole: Path, tmp_path: Path) -> None:
     run, said = tmp_path / "run", tmp_path / "said"
     shutil.copytree(whole, tmp_path / "other")

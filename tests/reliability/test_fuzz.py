@@ -91,7 +91,7 @@ def _main(program: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[[list
     return module.main, [name for name in names if name not in ("--help", "--")]
 
 
-@sizes(12, 60)
+@sizes(5, 50)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_flag_lists(
     program: str, cases: int, here: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -158,7 +158,7 @@ def test_flag_lists(
 FLAGS_BY_KEY = {"seed": 1, "epochs": 2, "bits": [2, 4], "dataset": "digits", "arch": "PC_DARTS", "method": "pc-darts"}
 
 
-@sizes(40, 200)
+@sizes(15, 120)
 @pytest.mark.parametrize("program", ["qdarts.search", "qdarts.train", "enas.train", "ptq.quantize"])
 def test_config_files(
     program: str, cases: int, here: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -199,7 +199,7 @@ def _architectures(runs: dict[str, Path]) -> list[Any]:
     return [*(read_json(runs[name] / "architecture.json") for name in ("search", "enas")), uniform, layers]
 
 
-@sizes(150, 800)
+@sizes(60, 500)
 def test_architecture_files(cases: int, here: Path, runs: dict[str, Path]) -> None:
     file = here / "a.json"
     small = {
@@ -227,7 +227,7 @@ def test_architecture_files(cases: int, here: Path, runs: dict[str, Path]) -> No
     assert refusal(lambda: use([])) is None
 
 
-@sizes(150, 600)
+@sizes(80, 600)
 def test_enas_strings_and_names(cases: int, here: Path) -> None:
     number = st.integers(-3, 12).map(str) | st.sampled_from(["1e3", "0x1", "\u0663", "9" * 400, "-", "+1", "1_0"])
     text = (
@@ -288,7 +288,7 @@ GRID_PLAN = {
 }
 
 
-@sizes(120, 500)
+@sizes(40, 400)
 def test_plan_files(cases: int, here: Path) -> None:
     file = here / "plan.json"
 
@@ -312,7 +312,7 @@ def _newest(run: Path) -> Path:
     return max((run / "checkpoints").iterdir())
 
 
-@sizes(120, 800)
+@sizes(30, 400)
 def test_checkpoint_folders(cases: int, here: Path, runs: dict[str, Path]) -> None:
     """Whatever happens to the files, what is loaded is one of the checkpoints that were saved, or nothing is."""
     import torch
@@ -413,7 +413,7 @@ def _readers(run: Path, here: Path) -> dict[str, Callable[[], Any]]:
 READERS = ("evaluate", "report", "curves", "visualize", "cost", "random", "init-from", "teacher", "quantize", "resume")
 
 
-@sizes(6, 60)
+@sizes(2, 40)
 @pytest.mark.parametrize("reader", READERS)
 def test_run_folders(reader: str, cases: int, here: Path, runs: dict[str, Path]) -> None:
     """JSON files, histories and metrics of a run edited or damaged: its checkpoints stay as they were."""
@@ -448,7 +448,7 @@ def test_run_folders(reader: str, cases: int, here: Path, runs: dict[str, Path])
     one()
 
 
-@sizes(8, 60)
+@sizes(3, 50)
 @pytest.mark.parametrize("reader", ["evaluate", "init-from", "random", "resume"])
 def test_checkpoints_with_fitting_digests(reader: str, cases: int, here: Path, runs: dict[str, Path]) -> None:
     """Checkpoints that somebody made on purpose: other values at the right places, and digests that fit."""
