@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass
@@ -74,8 +75,22 @@ def join(device_type: str) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not _running():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", **_meeting_point())
     return device
+
+
+def _meeting_point() -> dict[str, Any]:
+    """Where the processes of this attempt meet, as arguments of init_process_group.
+
+    torchrun keeps one store for all attempts of a job, and torch 2.15 its keys under the same names: a process that was
+    started again could read the address of one that is dead, and wait for it for half an hour. So each attempt has
+    names of its own, on one machine: the agents of several need not have counted the same attempts.
+    """
+    attempt, processes = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ.get("WORLD_SIZE")
+    if attempt in (None, "0") or os.environ.get("LOCAL_WORLD_SIZE") != processes:
+        return {}
+    store, rank, world_size = next(rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def leave() -> None:

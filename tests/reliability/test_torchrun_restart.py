@@ -62,6 +62,8 @@ def init(self, *arguments, **more):
 
 loop.__init__ = init
 code = importlib.import_module(name).main(argv)
+if code:
+    sys.exit(code)
 model = getattr(made[-1], "model", None) or made[-1].network
 torch.save(dict(model.state_dict()), f"{name}-rank-{rank}-of-{kills}.pt")
 sys.exit(code)
@@ -80,7 +82,17 @@ def torchrun(*words: str | Path, cwd: Path, restarts: int = 0) -> subprocess.Pop
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
+
+
+def end_of(launcher: subprocess.Popen[str], seconds: float = 400) -> tuple[str, str]:
+    """What torchrun said, on stdout and stderr, once it has ended; nothing of it outlives the test."""
+    try:
+        return launcher.communicate(timeout=seconds)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -90,7 +102,7 @@ def test_a_rank_killed_again_and_again(root: Path, tmp_path: Path, name: str, fl
     for many in (kills, 0):
         words = ["program.py", name, str(many), root, *flags, "--save", f"run-{many}"]
         done = torchrun(*words, cwd=tmp_path, restarts=many)
-        said, errors = done.communicate(timeout=400)
+        said, errors = end_of(done)
         assert done.returncode == 0, errors
         died = re.findall(r"rank (\d) dies, attempt (\d), (\w+)", errors)
         assert [int(attempt) for _, attempt, _ in died] == list(range(many)), "one kill in every attempt but the last"
@@ -121,13 +133,13 @@ def test_a_signal_to_torchrun_stops_both_ranks_at_one_step(root: Path, tmp_path:
         assert first.poll() is None and time.monotonic() < give_up, "no step was made"
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    _, errors = first.communicate(timeout=120)
+    _, errors = end_of(first, 120)
     assert first.returncode != 0
     stopped = re.findall(r"stopped by SIGTERM after step (\d+), which is saved", errors)
     assert len(stopped) == 2 and len(set(stopped)) == 1 and int(stopped[0]) % 10 == 0, errors
     for name in ("stopped", "whole"):
         done = torchrun(*program, name, cwd=tmp_path)
-        said, errors = done.communicate(timeout=400)
+        said, errors = end_of(done)
         assert done.returncode == 0, errors
         assert (f"going on in stopped after step {stopped[0]}\n" in said) == (name == "stopped")
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
