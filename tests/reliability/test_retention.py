@@ -167,6 +167,7 @@ def test_a_damaged_digest_of_the_configuration_protects_nothing(tmp_path: Path) 
     assert {2, 3, 50, 60} <= set(steps(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_training_keeps_two_and_the_selected_weights(tmp_path: Path) -> None:
     """--select val: the best epoch's weights live in every checkpoint, so that no pruning can lose them."""
     flags = [*SMOKE, "--arch", "PC_DARTS", "--epochs", "5", "--val-fraction", "0.3", "--select", "val"]
