@@ -21,6 +21,11 @@ from common.nets.enas_layers import types_fit
 from common.quant import SUPPORTED_BITS, fold_normalization
 from common.recipes.flags import run_program
 
+_LARGEST = {"layers": 1000, "init_channels": 10_000, "out_filters": 10_000, "image_size": 4096} | {
+    **{"in_channels": 10_000, "num_classes": 1_000_000, "stem_bits": 32, "classifier_bits": 32},
+    **{"eval_layers": 1000, "eval_init_channels": 10_000, "eval_out_filters": 10_000},
+}
+"""What a run's files may say of its network at most: a file of a few bytes could ask for any size."""
 _PAPER_SIZES = {"cifar": (36, 20), "imagenet": (48, 14)}
 
 
@@ -70,10 +75,13 @@ def _run_flags(target: str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     record = read_json(file)
-    flags = record.get("config", {}) if isinstance(record, dict) else {}
+    flags = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(flags, dict):
+        raise ValueError(f"TARGET {target}: its config.json is not a run's")
     if record.get("stage") == "search":  # a search stands for the network that it is searched for
         flags = {**flags, "init_channels": flags.get("eval_init_channels"), "layers": flags.get("eval_layers")}
         flags |= {"out_filters": flags.get("eval_out_filters")}
+        _check_sizes(flags, target)
         types = flags.get("layer_bits")
         if types and not types_fit(types, (flags["layers"] or 0) + 2):  # of another depth
             flags |= {"layer_bits": None}
@@ -82,6 +90,23 @@ def _run_flags(target: str) -> dict[str, Any]:
         flags = {**flags, **result["network"], "dataset": result.get("dataset"), "built": True}
     elif flags.get("data_module"):
         raise ValueError(f"TARGET {target}: its data are not the project's own; give a finished training on them")
+    return _check_sizes(flags, target)
+
+
+def _check_sizes(flags: dict[str, Any], target: str) -> dict[str, Any]:
+    """The flags of a run, where its files give sizes that a network can have. ValueError names the one that is not."""
+    for name, most in _LARGEST.items():
+        value = flags.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            raise ValueError(f"TARGET {target}: its {name} is {str(value)[:40]}; expected a number from 1 to {most:,}")
+    types, name = flags.get("layer_bits"), flags.get("dataset")
+    if not (types is None or (isinstance(types, list) and all(isinstance(entry, str) for entry in types))):
+        raise ValueError(f"TARGET {target}: its layer_bits are {str(types)[:40]}; expected a list of types")
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"TARGET {target}: its dataset is {str(name)[:40]}; expected a name")
+    missing = [name for name in ("in_channels", "image_size", "num_classes") if flags.get(name) is None]
+    if flags.get("built") and missing:
+        raise ValueError(f"TARGET {target}: its result.json does not say {missing[0]}")
     return flags
 
 

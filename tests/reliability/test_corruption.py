@@ -303,3 +303,24 @@ def test_a_resume_from_a_state_that_lacks_something(key: str, run: Path) -> None
     sign(newer)
     code, said = clean(lambda: _main("qdarts/train.py")([*TRAIN, "--save", str(run), "--resume", "auto"]))
     assert code == 2 and "--resume: the checkpoint does not hold what is looked for" in said, said
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", []),
+        ("config.json", {"config": None}),
+        ("result.json", {"network": {"layers": 10**9}}),
+        ("result.json", {"network": {"layers": None, "init_channels": "x"}}),
+        ("result.json", {"network": {}}),
+        ("result.json", {"dataset": 3}),
+    ],
+)
+def test_costs_of_a_run_whose_files_say_nonsense(file: str, change: object, run: Path) -> None:
+    """Found by the fuzz: a traceback, or a network of a billion cells."""
+    from common.cost.__main__ import main
+
+    old = read_json(run / file)
+    (run / file).write_text(json.dumps({**old, **change} if isinstance(change, dict) else change))
+    code, said = clean(lambda: main([str(run)]))
+    assert code == 2 and f"TARGET {run}: " in said and len(said.splitlines()) == 1, said
