@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from common.engine import distributed
 from tests.helpers.ends import assert_same, assert_same_end
 
 # A rank that the seed chooses dies in every attempt but the last: before a step, within one (while the ranks exchange
@@ -93,6 +95,34 @@ def end_of(launcher: subprocess.Popen[str], seconds: float = 400) -> tuple[str, 
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def joined(rank: int, attempt: int, port: int) -> int:
+    """A process that meets the other one as torchrun's workers do, and ends; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the test's own handler waits for Python, which may wait for ever
+    signal.alarm(20)
+    places = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+    os.environ.update(places | ranks)
+    code = 1
+    try:
+        distributed.join("cpu")
+        code = 0 if distributed.sum_(torch.ones(()))[()] == 2 else 2
+    finally:
+        os._exit(code)
+
+
+def test_a_restart_does_not_wait_for_the_dead() -> None:
+    """The launcher's store still has the addresses of the attempt before when the first of two processes comes back."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for attempt in (0, 1, 2):
+        first = joined(attempt % 2, attempt, store.port)
+        time.sleep(1.0 if attempt else 0.0)  # alone for a while, in which it may take up what it finds
+        second = joined(1 - attempt % 2, attempt, store.port)
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in (first, second)] == [0, 0], attempt
 
 
 @pytest.mark.slow
