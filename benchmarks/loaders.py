@@ -40,6 +40,8 @@ from common.data.folder import scan
 from common.data.streamed import IMAGENET_MEAN, IMAGENET_STD, PREPARED, RATIO, SCALE
 
 KINDS = {"jpg": 1.0, "proportion": 0.5, "raw": 0.0}
+GOALS = {f"ffcv {kind} / plain": 0.97 for kind in KINDS}
+GOALS |= {"ffcv proportion / PIL": 1.5, "ffcv raw / PIL": 1.5, "decode_jpeg / PIL": 1.5}  # images per second
 Rounds = Callable[[], Iterator[int]]
 """Gives the number of images of each batch of some epochs."""
 
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="pixels of a side of a crop")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--images", type=int, default=600, help="images a measurement takes, rounded up to epochs")
+    parser.add_argument("--images", type=int, default=3000, help="images a measurement takes, rounded up to epochs")
     parser.add_argument("--repeats", type=int, default=5, help="n, measurements of each side")
     parser.add_argument("--max-resolution", type=int, default=500, help="of the FFCV files")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
@@ -230,13 +232,12 @@ def _cpu_seconds() -> float:
 
 def _ratios(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Medians of the rounds' own ratios, of images per second and per CPU second, and the goals for the first."""
-    pairs = {f"ffcv {kind} / plain": (f"ffcv {kind}", f"ffcv {kind}, plain", 0.97) for kind in KINDS}
-    pairs |= {f"ffcv {kind} / PIL": (f"ffcv {kind}", "PIL", 1.5) for kind in ("proportion", "raw")}
-    pairs["decode_jpeg / PIL"] = ("decode_jpeg", "PIL", 1.5)
     found = {}
-    for name, (ours, theirs, goal) in pairs.items():
+    for name, goal in GOALS.items():
+        ours, other = name.split(" / ")
         if ours not in figures:
             continue
+        theirs = f"{ours}, plain" if other == "plain" else other
         rounds = list(zip(figures[ours]["runs"], figures[theirs]["runs"], strict=True))
         values = (round(median(a[i] / b[i] for a, b in rounds), 3) for i in (0, 1))
         found[name] = dict(zip(("value", "per_cpu_second", "goal"), (*values, goal), strict=True))

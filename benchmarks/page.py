@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/performance.md, and of README.md about speed, written from benchmarks/results/*.json.
+"""The tables of docs/performance.md, and those of other pages about speed, written from benchmarks/results/*.json.
 
 A table stands between the lines `<!-- figures: NAME -->` and `<!-- end -->`; the text around them is written by hand.
 
@@ -24,6 +24,8 @@ from benchmarks import (
     fast_preset,
     features,
     kernels,
+    loaders,
+    ranks,
     scaling,
     startup,
     supernet_step,
@@ -31,7 +33,7 @@ from benchmarks import (
 )
 from benchmarks.measuring import RESULTS, ROOT
 
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = (*(ROOT / "docs" / name for name in ("performance.md", "imagenet.md", "cluster.md")), ROOT / "README.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 REFERENCE_OPS = 216_702  # of a weight step; counted by a rule that is not known here
 _NOT_YET = "Not measured yet."
@@ -47,6 +49,10 @@ def _slowest_start(until: str) -> Callable[[dict[str, Any]], float]:
 
 def _training(side: str, key: str) -> Callable[[dict[str, Any]], float]:
     return lambda results: results["training_step"]["sides"][side][key]
+
+
+def _loaders(pair: str) -> Callable[[dict[str, Any]], float]:
+    return lambda results: results["loaders"]["ratios"].get(pair, {}).get("value", float("nan"))
 
 
 def _second_order(results: dict[str, Any]) -> float:
@@ -91,6 +97,7 @@ GOALS: list[tuple[str, str, Callable[[dict[str, Any]], float], str]] = [
     ("start to first step (imports, data, build), slowest, seconds", "startup", _slowest_start("seconds"), "<= 6"),
     ("the same until that step is done", "startup", _slowest_start("done"), ""),
     ("ENAS child's step, against all five operations", "enas_step", _of("enas_step", "child_ratio"), ">= 3"),
+    *((f"images per second, {pair}", "loaders", _loaders(pair), f">= {goal}") for pair, goal in loaders.GOALS.items()),
 ]
 
 
@@ -148,6 +155,8 @@ def figures(name: str, results: dict[str, Any]) -> str:
         "data_pipeline": data_pipeline.table,
         "kernels": kernels.table,
         "enas_step": enas_step.table,
+        "loaders": loaders.table,
+        "ranks": ranks.table,
         "fast_preset_quickstart": fast_preset.table,
     }
     if not name.startswith("supernet_") and name not in tables:

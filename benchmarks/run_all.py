@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take every figure of docs/performance.md anew: benchmarks/results/*.json, the plot, and the page's tables.
+"""Take every figure of docs/performance.md, imagenet.md and cluster.md anew: benchmarks/results/*.json, plot, tables.
 
 Run it on a machine that does nothing else. A benchmark that fails stops it; what was measured before stays.
 
-    python benchmarks/run_all.py [--data ROOT] [--only supernet_plain startup ...]
+    python benchmarks/run_all.py [--data ROOT] [--photographs DIR] [--only supernet_plain startup ...]
 """
 
 from __future__ import annotations
@@ -46,21 +46,25 @@ PLAN: dict[str, list[str]] = {
     "scaling": ["scaling.py", "--csv", "{csv}", "--plot", "{plot}"],
     "data_pipeline": ["data_pipeline.py"],
     "enas_step": ["enas_step.py"],
+    "ranks": ["ranks.py"],
+    "loaders": ["loaders.py"],
 }
 NEEDS_DATA = ("startup", "data_pipeline")
+OWN_OUTPUT = ("data_pipeline", "loaders")  # of --output; their exit codes say that a goal is missed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the plan, or a part of it, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="where CIFAR-10 lies (default: benchmarks do without it)")
+    parser.add_argument("--photographs", type=Path, help="train/CLASS/* and val/CLASS/* (default: pieces of two)")
     parser.add_argument("--only", nargs="+", choices=tuple(PLAN), default=list(PLAN), metavar="NAME")
     args = parser.parse_args(argv)
     for name in args.only:
         print(f"== {name}", flush=True)
-        # data_pipeline.py says by its exit code that its goal is missed: the figure is written all the same
-        done = subprocess.run([sys.executable, *command(name, args.data)], cwd=ROOT)
-        if done.returncode and name != "data_pipeline":
+        data = args.photographs if name == "loaders" else args.data
+        done = subprocess.run([sys.executable, *command(name, data)], cwd=ROOT)
+        if done.returncode and name not in OWN_OUTPUT:
             return done.returncode
     page.write()
     return 0
@@ -70,8 +74,8 @@ def command(name: str, data: Path | None) -> list[str]:
     """The command line of one result."""
     places = {"{csv}": str(RESULTS / f"{name}.csv"), "{plot}": str(ROOT / "docs" / "images" / f"{name}.svg")}
     script, *flags = (places.get(part, part) for part in PLAN[name])
-    flags += ["--output" if name == "data_pipeline" else "--json", str(RESULTS / f"{name}.json")]
-    if data is not None and name in NEEDS_DATA:
+    flags += ["--output" if name in OWN_OUTPUT else "--json", str(RESULTS / f"{name}.json")]
+    if data is not None and name in (*NEEDS_DATA, "loaders"):
         flags += ["--data", str(data)]
     return [str(ROOT / "benchmarks" / script), *flags]
 

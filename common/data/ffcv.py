@@ -282,6 +282,8 @@ def read_labels(path: Path, flag: str) -> Tensor:
             reader = _library().FileReader(str(path))
     except (AssertionError, IndexError, ValueError, KeyError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{flag} {path}: is no .ffcv file ({error}); write it again") from error
+    if not reader.handlers:
+        raise ValueError(f"{flag} {path}: is cut short within its first lines ({size:,} bytes); write it again")
     if [type(field).__name__ for field in reader.handlers.values()] != ["RGBImageField", "IntField"]:
         raise ValueError(f"{flag} {path}: holds {', '.join(reader.handlers)}; expected an RGB image and an int label")
     rows, table, wanted = reader.metadata, reader.alloc_table, int(reader.num_samples)
@@ -508,13 +510,19 @@ def _watched_processes(out: Path) -> Iterator[None]:
     """ffcv waits for ever for a writing process that has died (no room on the disk, no memory): end that."""
     import _thread
 
-    before, over, died = set(multiprocessing.active_children()), threading.Event(), threading.Event()
+    import ffcv.writer
+
+    started: list[multiprocessing.Process] = []
+    over, died = threading.Event(), threading.Event()
+
+    def start(**settings: Any) -> multiprocessing.Process:
+        # multiprocessing's own list forgets one that has died, maybe before it is looked at for the first time
+        started.append(multiprocessing.Process(**settings))
+        return started[-1]
 
     def watch() -> None:
-        seen: set[Any] = set()
         while not over.wait(0.2):
-            seen |= {child for child in multiprocessing.active_children() if child not in before}
-            if any(child.exitcode not in (None, 0) for child in seen):
+            if any(child.exitcode not in (None, 0) for child in started):
                 died.set()
                 _thread.interrupt_main()
                 return
@@ -523,16 +531,19 @@ def _watched_processes(out: Path) -> Iterator[None]:
     # A script's background job ignores the signal that the watcher sends.
     ours = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler) if ours else None
+    process, ffcv.writer.Process = ffcv.writer.Process, start
     watcher.start()
     try:
         yield
     except KeyboardInterrupt:
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
+        for child in started:
+            if child.is_alive():
+                child.terminate()
         if not died.is_set():
             raise
         raise ValueError(f"--out {out}: a writing process died; is the disk full, or memory short?") from None
     finally:
+        ffcv.writer.Process = process
         over.set()
         watcher.join()
         if ours:

@@ -95,11 +95,26 @@ class QuantConv2d(nn.Conv2d):
             out = coded_convolution(x, weight, bits=(quantizer.bits,), maximum=maximum, relu=relu, **geometry)
         else:
             x = F.relu(x) if relu else x
+            dense = _overwrites_memory(self, x)
+            if dense:
+                x, weight = x.contiguous(), weight.flatten().view(weight.shape)
             value = quantizer(x)
-            if type(quantizer) is not LsqQuantizer:
-                return self._conv_forward(value, weight, self.bias)
-            out = requantized_convolution(x, value, weight, quantizer.quantize, **geometry)
+            if type(quantizer) is LsqQuantizer:
+                out = requantized_convolution(x, value, weight, quantizer.quantize, **geometry)
+            else:
+                out = F.conv2d(value, weight, None, **geometry)
+            out = out.contiguous(memory_format=torch.channels_last) if dense else out
         return out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
+
+
+def _overwrites_memory(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether x and the weight must leave their dense channels for this convolution.
+
+    oneDNN's weight gradient of a strided 1x1 convolution of fewer than 16 dense input channels writes outside of its
+    memory and so ends the process (torch 2.15, AVX-512, maps of 48 pixels and more).
+    """
+    narrow = conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels < 16
+    return narrow and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class QuantLinear(nn.Linear):

@@ -73,7 +73,7 @@ def derive_imagenet(config: Config, stage: str) -> dict[str, Any]:
     if stage in RISE:
         found |= config.open_among({"lr_warmup_epochs": _share(epochs, *RISE[stage])})
     if stage == "search":
-        found |= config.open_among({"warmup_epochs": _share(epochs, *ARCH_WAITS)})
+        found |= config.open_among({"warmup_epochs": min(_share(epochs, *ARCH_WAITS), epochs - 1)})
     return found | {"reading": FILES if config.trainfile else FOLDER}
 
 

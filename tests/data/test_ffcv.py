@@ -300,7 +300,7 @@ def test_a_file_cut_short_is_refused_with_the_first_image_that_is_not_whole(
             room.load_ffcv(_request(cut, written.val))
     for size in (0, 100, 5000):
         cut.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"--trainfile .*cut\.ffcv: "):
+        with pytest.raises(ValueError, match=r"--trainfile .*cut\.ffcv: is (cut short|no \.ffcv file)"):
             room.load_ffcv(_request(cut, written.val))
     cut.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"cut\.ffcv: is cut short"):

@@ -33,6 +33,24 @@ def test_fixed_bits(weight_bits: int, activation_bits: int, scheme: str) -> None
     torch.testing.assert_close(conv(x), F.conv2d(a, w, stride=2, padding=1, groups=2), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("quantizers", [{}, {"weight_quantizer": "lsq", "activation_quantizer": "lsq"}])
+def test_narrow_strided_convolutions_on_dense_channels(quantizers: dict[str, str]) -> None:
+    """torch's own kernel for this weight gradient overwrites memory; where it is used, this test ends the process."""
+    bits = {"weight_bits": 8, "activation_bits": 8} if quantizers else {}
+    conv = quant.QuantConv2d(8, 4, 1, stride=2, **bits, **quantizers).to(memory_format=torch.channels_last)
+    x = normal(8, 8, 64, 64).float().contiguous(memory_format=torch.channels_last)
+    for _ in range(5):
+        out = conv(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        gradient = normal(*out.shape, seed=1).float()
+        (found,) = torch.autograd.grad(out, conv.weight, gradient)
+    value = (conv.quantize_activation(x) if quantizers else x)[:, :, ::2, ::2].double()
+    wanted = torch.einsum("bohw,bihw->oi", gradient.double(), value)
+    if not quantizers:
+        torch.testing.assert_close(found[:, :, 0, 0].double(), wanted, rtol=1e-4, atol=1e-3)
+    assert torch.isfinite(found).all()
+
+
 def test_every_low_bit_activation_has_its_relu() -> None:
     """By default only the precision changes with the bits: negatives are zero at every width of 8 bits or fewer."""
     x = -normal(2, 6, 8, 8).abs() - 0.1

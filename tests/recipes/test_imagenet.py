@@ -83,6 +83,8 @@ def test_the_training_of_the_example_that_darts_follows() -> None:
 def test_shorter_searches_keep_their_proportions_and_flags_win() -> None:
     few = search_config("--dataset", "imagenet", "--data", "/images", "--epochs", "10")
     assert (few.epochs, few.lr_warmup_epochs, few.warmup_epochs) == (10, 1, 7)
+    one = search_config("--dataset", "imagenet", "--data", "/images", "--epochs", "1")
+    assert one.warmup_epochs == 0
     own = search_config("--dataset", "imagenet", "--data", "/images", "--partial", "4", "--train-portion", "0.5")
     assert own.partial == 4 and own.search_fraction is None
     assert search_config("--trainfile", "a.ffcv", "--valfile", "b.ffcv").dataset == "imagenet"
