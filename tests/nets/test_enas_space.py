@@ -312,7 +312,7 @@ def test_drop_path_grows_with_depth_and_spares_identities() -> None:
     drops: list[float] = []
     network.train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.nets.enas_space.drop_path", lambda x, probability: drops.append(probability) or x)
+        patch.setattr("common.nets.enas_space.drop_path", lambda x, probability, shard: drops.append(probability) or x)
         network(torch.randn(2, 1, 8, 8))
     counts = [sum(c.dropped) for c in network.cells]
     assert drops == pytest.approx([p for p, n in zip((0.2, 0.4, 0.6), counts, strict=True) for _ in range(n)])

@@ -208,7 +208,7 @@ def test_search_sees_two_disjoint_parts_of_the_training_set_only() -> None:
     train, valid = split_search(prepared.data.train.labels, 0.5, 5)
     assert not set(train.tolist()) & set(valid.tolist())
     for stream, indices in ((prepared.loop["train_stream"].stream, train), (prepared.loop["valid_stream"], valid)):
-        assert torch.equal(stream._indices, indices) and stream._split is prepared.data.train
+        assert torch.equal(stream._order.indices, indices) and stream._split is prepared.data.train
     assert set(prepared.evaluation_indices.tolist()) <= set(valid.tolist())
 
 
