@@ -447,7 +447,7 @@ class Run:
 
     def _enter(self, place: _Place, sources: Mapping[str, str], argv: Sequence[str]) -> None:
         """Make the folder's files fit the place: cut back, or leftovers gone; note this session in config.json."""
-        folder = place.folder
+        folder = self.folder = place.folder
         for path in folder.glob(f"{TEMPORARY}*"):
             path.unlink(missing_ok=True)
         messages: list[str] = []
@@ -462,10 +462,13 @@ class Run:
             step = place.meta["step"]
             sessions = _read_config(folder).get("sessions", [])
             _check_noted(place.meta)
-            messages = _cut_back(folder, place.meta) + _changes(sessions, environment)
-            messages += _other_ranks(place.meta)
-            messages += as_text(place.changed, step)
+            messages, cuts = _too_long(folder, place.meta)
+            # Before the cut: killed after it, a newer checkpoint would be gone on from whose rows are not there.
             moved = CheckpointStore(folder / CHECKPOINTS, config_digest=self._owner).abandon_newer(step)
+            for path, length in cuts:
+                os.truncate(path, length)
+            messages += _changes(sessions, environment) + _other_ranks(place.meta)
+            messages += as_text(place.changed, step)
             messages += [f"set aside, being newer than where the run goes on: {path.name}" for path in moved]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         command = {"argv": list(argv), **started_as(argv, self._identity.method, self._identity.stage)}
@@ -730,28 +733,28 @@ def _lock(folder: Path) -> IO[str] | None:
 # ---- files that grow
 
 
-def _cut_back(folder: Path, meta: Mapping[str, Any]) -> list[str]:
-    """Cut the growing files to what they were when the checkpoint was made; say when rows are missing.
+def _too_long(folder: Path, meta: Mapping[str, Any]) -> tuple[list[str], list[tuple[Path, int]]]:
+    """(messages, the growing files to cut and how long they were when the checkpoint was made).
 
     Raises ValueError where what was there then is not what is there now: rows cannot follow damaged ones.
     """
     lengths, digests = meta["extra"].get("files", {}), meta["extra"].get("sha256", {})
-    messages, cuts = [], []
+    messages: list[str] = []
+    cuts: list[tuple[Path, int]] = []
     for name in _GROWING:
         path, length = folder / name, lengths.get(name, 0)
         present = path.stat().st_size if path.exists() else 0
-        if present < length:
-            messages.append(f"{name} is shorter than at the checkpoint ({present} < {length} bytes): rows are lost")
-        elif name in digests and path.exists() and _digest_of(path, length) != digests[name]:
+        damaged = name in digests and present >= length and path.exists() and _digest_of(path, length) != digests[name]
+        if damaged or 0 < present < length:  # the next row would be glued to what is left of one
             raise ValueError(
-                f"{path}: was damaged or changed since the checkpoint of step {meta['step']}; put the right file back, "
-                "or delete it to go on without its rows"
+                f"{path}: was {'damaged or changed' if damaged else 'cut short'} since the checkpoint of step "
+                f"{meta['step']}; put the right file back, or delete it to go on without its rows"
             )
+        if present < length:
+            messages.append(f"{name} is not there any more ({length} bytes at the checkpoint): rows are lost")
         elif present > length:
             cuts.append((path, length))
-    for path, length in cuts:
-        os.truncate(path, length)
-    return messages
+    return messages, cuts
 
 
 def _check_noted(meta: Mapping[str, Any]) -> None:

@@ -128,3 +128,7 @@ def load_plain_state(optimizer: torch.optim.Optimizer, state: dict[str, object])
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, present, strict=True):
         group.update(own)
+        for parameter in group["params"] if group.get("momentum") else ():
+            # saved without momentum: a first step that is masked would leave the buffer uninitialised
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

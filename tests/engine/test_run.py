@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import csv
+import errno
+import gc
+import io
 import json
 import math
 import os
@@ -216,6 +219,65 @@ def test_auto_goes_on_and_cuts_rows_back(tmp_path: Path) -> None:
     assert [row["epoch"] for row in read_history(run.folder)] == [0, 1, 2, 3]
     sessions = json.loads((run.folder / "config.json").read_text())["sessions"]
     assert [session["resumed_step"] for session in sessions] == [None, 5]
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "history.jsonl"])
+def test_rows_that_were_cut_short_are_refused_and_deleted_ones_are_not(tmp_path: Path, name: str) -> None:
+    with begin(tmp_path / "run") as run:
+        work(run, 0, 5, (2, 5))
+    whole = (run.folder / name).read_bytes()
+    (run.folder / name).write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=rf"{name}: was cut short since the checkpoint of step 5; .* delete it"):
+        begin(tmp_path / "run")
+    assert (run.folder / name).read_bytes() == whole[:-4]
+    (run.folder / name).unlink()
+    with begin(tmp_path / "run") as run:
+        work(run, 5, 7, ())
+    assert [int(row["step"]) for row in read_csv(run.folder)][-2:] == [6, 7]
+
+
+def test_killed_while_it_goes_back_to_an_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes next, the rows belong to the checkpoint that is gone on from."""
+    with begin(tmp_path / "run") as run:
+        work(run, 0, 6, (2, 5))
+    earlier = run.folder / "checkpoints" / "step-00000002"
+
+    def killed(path: Path, length: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "truncate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(tmp_path, save=tmp_path / "run", resume=earlier)
+    gc.collect()  # lets go of the folder, as the end of a process does
+    with begin(tmp_path / "run") as run:
+        assert run.resumed_step == 2
+        work(run, 2, 7, ())
+    assert [int(row["step"]) for row in read_csv(run.folder)] == list(range(1, 8))
+
+
+def test_a_disk_that_refuses_the_log_of_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with begin(tmp_path / "run") as run:
+        work(run, 0, 6, (2, 5))
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    plain_open = open
+
+    def refusing(path: Any, mode: str = "r", **more: Any) -> Any:
+        return Full() if Path(path).name == "log.txt" and mode == "a" else plain_open(path, mode, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refusing)
+        with pytest.raises(OSError, match=r"log\.txt.*No space left"):
+            begin(tmp_path / "run")
+    with begin(tmp_path / "run") as run:
+        assert run.resumed_step == 5
 
 
 def test_auto_uses_the_one_before_a_broken_checkpoint(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.engine.guard import prepare_sgd
+from common.engine.optimizers import SGD
 from common.engine.search_loop import SearchLoop, SearchSettings
-from common.engine.static_step import StaticStep, obstacle, plain_state, set_rate
+from common.engine.static_step import StaticStep, load_plain_state, obstacle, plain_state, set_rate
 
 
 class Toy(nn.Module):
@@ -188,3 +190,15 @@ def test_a_captured_search_is_the_search() -> None:
     assert captured.static is not None and captured.static._graphs
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(captured.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_that_a_saved_state_did_not_have_begins_at_zero() -> None:
+    """Otherwise a first step that is masked (found_inf) leaves a buffer of uninitialised memory."""
+    weight = nn.Parameter(torch.ones(1000))
+    without = prepare_sgd(SGD([weight], lr=0.1, fused=True))
+    weight.grad = torch.ones(1000)
+    without.step()
+    optimizer = prepare_sgd(SGD([weight], lr=0.1, momentum=0.9, fused=True))
+    load_plain_state(optimizer, plain_state(without))
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.zeros(1000))
+    assert optimizer.param_groups[0]["momentum"] == 0.9
