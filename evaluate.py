@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a trained run on data: loss, top-1, top-5, cost, and a table of classes.
 
-Without further flags it uses the run's own data and test set, and gives the figures of its result.json.
+Without further flags it uses the run's own data and test set, and gives the figures of its result.json. Data of one's
+own need --data-module again: a Python file is not executed because a run names it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def parser() -> Parser:
     )
     add("--valfile", type=Path, metavar="Y.ffcv", help="as above; the file that is tested on")
     add("--workers", "-j", type=integer(0), metavar="N", help="threads that decode ImageNet (default: one a core)")
-    add("--data-module", metavar="FILE.py:FUNCTION", help="data of your own (default: as in the run)")
+    add("--data-module", metavar="FILE.py:FUNCTION", help="data of your own, also where the run names them")
     add("--search-space", type=Path, metavar="FILE.py", help="operations of your own that the network holds")
     add("--split", type=choice("test", "val"), default="test", metavar="test|val", help="val: the held-out part")
     add("--device", type=choice("auto", "cpu", "cuda"), default="auto", metavar="auto|cpu|cuda", help="where")
@@ -48,6 +49,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """The figures as one JSON object. Raises ValueError for what does not fit."""
     from common.cost import network_cost
     from common.data import hold_out
+    from common.recipes.recorded import same_function
     from common.recipes.setup import load_data, prepare_torch
     from common.recipes.trained import evaluate_split, load_trained
 
@@ -61,7 +63,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     network, trained, info = load_trained(config.run, config.checkpoint)
     build, size = info["build"], info["data"]["image_size"]
     check_places(config)
-    own = config.dataset is None and config.data_module is None
+    # The run's own data: executed is what the flag names, whatever the run's record says.
+    module = config.data_module
+    own = config.dataset is None and (module is None or same_function(module, trained.get("data_module")))
     data = load_data(argparse.Namespace(**_data_flags(config, trained, own), image_size=size), _aside)
     for key, found in (("num_classes", data.info.num_classes), ("in_channels", data.info.channels)):
         if build[key] != found:
@@ -107,11 +111,13 @@ def _data_flags(config: Config, trained: dict[str, Any], own: bool) -> dict[str,
     """Where the images lie: the training's places, unless the flags name others."""
     from common.recipes.setup import data_flags
 
-    found = data_flags(trained, workers=config.workers)
+    # Other images than the run's: what it says of its own does not matter.
+    known = trained if own and not (config.trainfile or config.valfile) else {**trained, "data_module": None}
+    found = data_flags(known, f"RUN {config.run}", data_module=config.data_module, workers=config.workers)
     del found["image_size"]
     if not own:
         found |= {"data": None, "trainfile": None, "valfile": None, "classes": None}
-        found |= {"dataset": config.dataset or trained["dataset"], "data_module": config.data_module}
+        found["dataset"] = config.dataset or trained["dataset"]
     if config.data is not None:
         found |= {"data": config.data, "trainfile": None, "valfile": None}
     if config.trainfile is not None or config.valfile is not None:

@@ -116,7 +116,9 @@ def open_source(config: Config) -> Source:
     if not (config.run / "result.json").is_file():
         raise ValueError(f"RUN {config.run}: its training is not finished; go on with it first (--resume {config.run})")
     build = info["build"]
-    flags_of_data = data_flags(flags) | {"image_size": info["data"]["image_size"]}
+    flags_of_data = data_flags(flags, f"RUN {config.run}", data_module=config.data_module) | {
+        "image_size": info["data"]["image_size"]
+    }
     if config.data is not None:
         flags_of_data |= {"data": config.data, "trainfile": None, "valfile": None}
     data = load_data(Namespace(**flags_of_data))

@@ -53,6 +53,8 @@ def parser() -> Parser:
     add("--batch-size", "-b", type=integer(1), default=96, metavar="N", help="images in each")
     add("--seed", type=integer(0), metavar="N", help="of their draw (default: the training's)")
     add("--data", type=Path, metavar="DIR", help="where the data lie (default: as in the training)")
+    own = "data of your own that it was trained on; a record's own word executes no file"
+    add("--data-module", metavar="FILE.py:FUNCTION", help=own)
     add = parser.group("run").add_argument
     add("--search-space", type=Path, metavar="FILE.py", help="operations of your own that the network holds")
     parser.fix(search_space_digest=None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,8 +27,11 @@ from common.engine.files import check_schema, read_json
 _PLACES = frozenset(
     ("save", "runs", "resume", "allow_config_change", "config", "preset", "print_config", "list_presets", "dry_run")
 )
-OWN_CODE = ("data_module", "search_space")
-"""Flags that name a file of Python which the run executes."""
+OWN_CODE = {"data_module": "FILE.py:FUNCTION", "search_space": "FILE.py"}
+"""Keys of config.json that name a file of Python which the run executes, and what their flags take."""
+
+
+_KEY = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,11 @@ class Repeat:
     processes: int
 
     def command(self, *more: str) -> list[str]:
-        """The words to start, in `folder`; several processes are started by torchrun on this machine."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        """The words to start, in `folder`; several processes are started by torchrun on this machine.
+
+        -P: else -m would put that folder, which config.json names, before torch's own on the path of modules.
+        """
+        launcher = ["-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         words = [sys.executable, *(launcher if self.processes > 1 else ()), str(self.program)]
         return [*words, *self.flags, *more]
 
@@ -63,7 +70,8 @@ def read_repeat(run: Path, *, folder: Path | None = None, own_code: bool = False
     for key, kind in (("config", dict), ("sources", dict), ("method", str), ("stage", str)):
         if not isinstance(record.get(key), kind):
             raise ValueError(f"{path}: {key} is missing or of the wrong type")
-    code = [flag(dest) for dest in OWN_CODE if record["config"].get(dest) is not None]
+    sides = (record["config"], _given(record))
+    code = [flag(dest) for dest in OWN_CODE if any(side.get(dest) is not None for side in sides)]
     if code and not own_code:
         raise ValueError(
             f"{path}: {' and '.join(code)} name Python files, which the run would execute; read them, then add "
@@ -78,7 +86,7 @@ def read_repeat(run: Path, *, folder: Path | None = None, own_code: bool = False
     processes = record.get("processes", 1)
     if not isinstance(processes, int) or isinstance(processes, bool) or not 1 <= processes <= 1024:
         raise ValueError(f"{path}: processes: {processes!r} is no number of processes")
-    return Repeat(run, record, _program(path, record), tuple(_flags(record)), place.resolve(), processes)
+    return Repeat(run, record, _program(path, record), tuple(_flags(record, path)), place.resolve(), processes)
 
 
 def _program(path: Path, record: Mapping[str, Any]) -> Path:
@@ -91,20 +99,35 @@ def _program(path: Path, record: Mapping[str, Any]) -> Path:
     return program
 
 
-def _flags(record: Mapping[str, Any]) -> Iterator[str]:
-    """The flags whose values somebody gave, one word each (lists: several), and the preset."""
-    config = record["config"]
-    given = config.get("given") if isinstance(config.get("given"), dict) else {}
+def _given(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What flags said before something else followed from them."""
+    given = record["config"].get("given")
+    return given if isinstance(given, dict) else {}
+
+
+def _flags(record: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """The flags whose values somebody gave, one word each (lists: several), and the preset.
+
+    Raises ValueError for a key or value of `path` that the program would read as another flag.
+    """
+    config, given = record["config"], _given(record)
     if config.get("preset") is not None:
         yield f"--preset={config['preset']}"
     for dest, value in sorted({**config, **given}.items()):
+        if not _KEY.fullmatch(dest):
+            raise ValueError(f"{path}: {dest[:60]!r} is no flag's key; start the run by hand, with the flags of argv")
         source = str(record["sources"].get(dest, "default"))
         if dest in _PLACES or not (dest in given or source == "flag" or source.startswith("config ")):
             continue
+        words = [_word(entry) for entry in (value if isinstance(value, list) else [value])]
+        if wrong := [word for word in words if word.startswith("-") and not _is_number(word)]:
+            raise ValueError(
+                f"{path}: {dest}: {wrong[0][:60]!r} begins as a flag does; start the run by hand, by its argv"
+            )
         if isinstance(value, list):
-            yield from (flag(dest), *map(_word, value))
+            yield from (flag(dest), *words)
         else:
-            yield f"{flag(dest)}={_word(value)}"
+            yield f"{flag(dest)}={words[0]}"
     threads = (record.get("device") or {}).get("threads") if isinstance(record.get("device"), dict) else None
     if config.get("threads") is None and isinstance(threads, int):
         yield f"--threads={threads}"  # sums are split among them
@@ -114,6 +137,14 @@ def _word(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def free_folder(run: Path) -> Path:
@@ -144,7 +175,7 @@ def check_flags(repeat: Repeat) -> None:
     The program itself is asked (--print-config); values that follow from files or data are compared afterwards.
     """
     command = [sys.executable, str(repeat.program), *repeat.flags, "--print-config"]
-    done = subprocess.run(command, cwd=repeat.folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=repeat.folder, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{repeat.run}: its flags are refused here:\n{done.stderr.strip()}")
     record, lines = repeat.record, []
@@ -176,11 +207,22 @@ def _printed(text: str) -> dict[str, Any]:
 
 def start(repeat: Repeat, save: Path) -> int:
     """Run it in the folder `save`, its output going where ours goes; the exit code."""
-    environment = dict(os.environ)
+    environment = _environment()
     environment.pop("TORCHELASTIC_RESTART_COUNT", None)
     return subprocess.run(
         repeat.command("--save", str(save)), cwd=repeat.folder, env=environment, check=False
     ).returncode
+
+
+def _environment() -> dict[str, str]:
+    """Ours, in which no process imports modules from the folder that it is started in, as that is config.json's word.
+
+    Relative entries of PYTHONPATH (an empty one is the working folder) stay those of here and now.
+    """
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if path := environment.get("PYTHONPATH"):
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
+    return environment
 
 
 # ----------------------------------------------------------------------------------------------------- what came out

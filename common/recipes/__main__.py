@@ -36,6 +36,7 @@ def random_parser() -> Parser:
     add("--seed", type=integer(0), default=0, metavar="N", help="names the draw")
     add("--out", type=Path, default=Path("random.json"), metavar="F.json", help="the architecture's file")
     add("--data", type=Path, metavar="DIR", help="where the images lie (default: where RUN had them)")
+    _add_own_code(parser)
     return parser
 
 
@@ -51,7 +52,14 @@ def rank_parser() -> Parser:
     add("--out", type=Path, metavar="F.csv", help="also write the rows there")
     add("--data", type=Path, metavar="DIR", help="where the images lie (default: where the search had them)")
     add("--device", type=choice("auto", "cpu", "cuda"), default="auto", metavar="auto|cpu|cuda", help="what computes")
+    _add_own_code(parser)
     return parser
+
+
+def _add_own_code(parser: Parser) -> None:
+    add, once = parser.add_argument, "that the search was made with; a record's own word executes none"
+    add("--data-module", metavar="FILE.py:FUNCTION", help=f"the data of your own {once}")
+    add("--search-space", type=Path, metavar="FILE.py", help=f"the operations of your own {once}")
 
 
 def draw_random(config: Config) -> None:
@@ -60,7 +68,7 @@ def draw_random(config: Config) -> None:
         raise ValueError("--like: missing; name the run of a search or of a training")
     from common.recipes.sampling import draw, load_reference
 
-    reference = load_reference(config.like, config.bits, config.data)
+    reference = load_reference(config.like, config.bits, config.data, config.data_module, config.search_space)
     architecture = draw(reference, keep=config.keep, seed=config.seed)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     architecture.save(config.out)
@@ -78,6 +86,7 @@ def rank_trained(config: Config) -> None:
     from common.recipes.ranking import rank
 
     changes = {"device": config.device} | ({"data": config.data} if config.data else {})
+    changes |= {"data_module": config.data_module, "search_space": config.search_space}
     search, *trainings = map(Path, config.runs)
     found = rank(search, trainings, **changes)
     print(as_text(found))

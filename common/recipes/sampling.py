@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from common.nets.darts_space import is_reduction
 from common.nets.sampling import SEARCHED_CELLS, random_bits, random_genotype
 from common.recipes.findings import evaluation_cost
 from common.recipes.own_space import load_search_space
+from common.recipes.recorded import own_code
 from common.recipes.searched import read_search, search_config
 from common.recipes.setup import load_data
 from common.recipes.trained import load_trained
@@ -50,16 +52,23 @@ class Reference:
     primitives: tuple[str, ...] = PRIMITIVES
 
 
-def load_reference(run: Path, bits: Sequence[int] | None = None, data: Path | None = None) -> Reference:
+def load_reference(
+    run: Path,
+    bits: Sequence[int] | None = None,
+    data: Path | None = None,
+    data_module: str | None = None,
+    search_space: Path | None = None,
+) -> Reference:
     """The network of a search (at the size that it searches for) or of a training.
 
     `bits` are by default those of the search, or all that occur in the trained architecture. `data`: where the images
-    lie, if no longer where they did. Raises ValueError that names --like or --bits.
+    lie, if no longer where they did. `data_module`, `search_space`: the Python files that the run was made with, which
+    its record alone does not get executed. Raises ValueError that names --like or --bits.
     """
     record = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     flags = record.get("config", {}) if isinstance(record, dict) else {}
-    space = flags.get("search_space")
-    primitives = load_search_space(Path(space)).primitives if space else PRIMITIVES
+    space = own_code("search_space", flags, search_space, f"--like {run}")
+    primitives = load_search_space(space).primitives if space is not None else PRIMITIVES
     architecture = load_architecture(run)
     if flags and record.get("stage") == "train":
         network, _, info = load_trained(run, flag="--like")
@@ -67,8 +76,9 @@ def load_reference(run: Path, bits: Sequence[int] | None = None, data: Path | No
         cost: Callable[[Architecture], Cost] = lambda other: network_cost(build_network(other, **build), size)  # noqa: E731
         known = _occurring(architecture.bits)
     else:
-        changes = {} if data is None else {"data": data}
-        config = search_config(read_search(run, "--like"), **changes)
+        changes: dict[str, Any] = {} if data is None else {"data": data}
+        changes |= {"data_module": data_module, "search_space": search_space}
+        config = search_config(read_search(run, "--like"), f"--like {run}", **changes)
         cost = partial(evaluation_cost, config, load_data(config))
         known = tuple(config.bits or ())
     chosen = tuple(sorted(set(bits or known)))

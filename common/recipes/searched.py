@@ -10,7 +10,9 @@ from common.engine import CheckpointStore, read_json
 from common.engine.changes import owner_of
 from common.engine.checkpoint import taking_up
 from common.engine.cli import Config
+from common.engine.repeat import OWN_CODE
 from common.recipes.flags import resolve_search, search_parser
+from common.recipes.recorded import own_code
 from common.recipes.search_setup import PreparedSearch, prepare_search
 
 
@@ -24,8 +26,12 @@ def read_search(run: Path, flag: str = "RUN") -> dict[str, Any]:
     return record
 
 
-def search_config(record: dict[str, Any], **changes: Any) -> Config:
-    """The flags of a search; what it did not know yet has its default. `changes`: flags of here and now, by name."""
+def search_config(record: dict[str, Any], where: str, **changes: Any) -> Config:
+    """The flags of a search; what it did not know yet has its default. `changes`: flags of here and now, by name.
+
+    Raises ValueError, beginning with `where`, when the record names a Python file and `changes` do not.
+    """
+    changes |= {name: own_code(name, record["config"], changes.get(name), where) for name in OWN_CODE}
     parser = search_parser("search.py", "")
     config = resolve_search(parser, [])
     actions = parser.dests()
@@ -42,7 +48,8 @@ def load_searched(run: Path, flag: str = "RUN", **changes: Any) -> PreparedSearc
     if found is None:
         raise ValueError(f"{flag} {run}: holds no valid checkpoint; let the search finish")
     # its weights come from the checkpoint, wherever they once started
-    prepared = prepare_search(search_config(record, init_from=None, compile=False, **changes))
+    config = search_config(record, f"{flag} {run}", init_from=None, compile=False, **changes)
+    prepared = prepare_search(config)
     with taking_up(f"{flag} {run}"):
         prepared.supernet.load_state_dict(found[0]["model"])
     return prepared

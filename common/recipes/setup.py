@@ -23,6 +23,7 @@ from common.nets import share_statistics
 from common.quant import share_first_steps, share_ranges
 from common.recipes.contents import CONTENTS
 from common.recipes.imagenet import free_cores
+from common.recipes.recorded import own_code
 
 
 class FirstSteps:
@@ -138,10 +139,16 @@ def load_data(config: Config, say: Callable[[str], None] = tell) -> ImageData:
         return load(config.dataset, root=config.data, say=say, **{name: getattr(config, name) for name in same})
 
 
-def data_flags(flags: Mapping[str, Any], *, workers: int | None = None) -> dict[str, Any]:
-    """What `load_data` reads of a run's flags (older runs lack some), `workers` where they are another machine's."""
+def data_flags(
+    flags: Mapping[str, Any], where: str, *, data_module: str | None = None, workers: int | None = None
+) -> dict[str, Any]:
+    """What `load_data` reads of a run's flags (older runs lack some), `workers` where they are another machine's.
+
+    `data_module` is the present command's; ValueError, beginning with `where`, when only the run names one.
+    """
     paths = {name: Path(flags[name]) if flags.get(name) else None for name in ("data", "trainfile", "valfile")}
-    same = {name: flags.get(name) for name in ("dataset", "image_size", "data_module", "classes")}
+    same = {name: flags.get(name) for name in ("dataset", "image_size", "classes")}
+    same["data_module"] = own_code("data_module", flags, data_module, where)
     return {**paths, **same, "workers": free_cores() if workers is None else workers}
 
 

@@ -23,7 +23,7 @@ from common.data.archives import unpack_tar
 from common.engine.plans import read_plan
 from common.engine.run import Run
 from common.nets.architecture import Architecture
-from tests.helpers.fake_runs import architecture_json, train_result
+from tests.helpers.fake_runs import architecture_json, train_result, write_run
 
 
 def open_run(folder: Path, **more: Any) -> Run:
@@ -224,17 +224,113 @@ def test_evaluate_does_not_run_what_a_run_brings_along(
     record = json.loads((folder / "config.json").read_text())
     record["config"]["data_module"] = f"{folder / 'own.py'}:make"
     (folder / "config.json").write_text(json.dumps(record))
-    assert importlib.import_module("evaluate").main([str(folder)]) == 2
+    assert main_of("evaluate")([str(folder), "--data-module", f"{folder / 'own.py'}:make"]) == 2
     assert "never executed" in capsys.readouterr().err and not canary.exists()
 
 
+def test_evaluate_runs_the_file_of_its_own_flag_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Callable[[], Path]
+) -> None:
+    """Outside of the run's folder a file is executed when the command names it, never because config.json does."""
+    from common.recipes.setup import data_flags
+
+    folder, evil = finished(), named_by_the_record(tmp_path)
+    note(folder, data_module=f"{evil}:make", val_fraction=0.25)
+    for flags in ([], ["--data", str(tmp_path)], ["--split", "val"]):
+        assert main_of("evaluate")([str(folder), *flags]) == 2
+        error = capsys.readouterr().err
+        assert f"RUN {folder}" in error and str(evil) in error and "give --data-module FILE.py:FUNCTION" in error
+    with pytest.raises(ValueError, match="^here: .*--data-module"):
+        data_flags({"data_module": f"{evil}:make"}, "here")
+    assert main_of("evaluate")([str(folder), "--dataset", "digits", "--json"]) == 0, "other data than the run's"
+    mine = tmp_path / "moved" / "beside.py"
+    mine.parent.mkdir()
+    mine.write_text(DIGITS)
+    for split in ("test", "val"):
+        capsys.readouterr()
+        flags = ["--data-module", f"{mine}:make", "--split", split, "--json"]
+        assert main_of("evaluate")([str(folder), *flags]) == 0, capsys.readouterr().err
+        assert json.loads(capsys.readouterr().out)["split"] == split
+    assert not (tmp_path / "canary").exists()
+
+
+def test_quantising_runs_the_file_of_its_own_flag_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Callable[[], Path]
+) -> None:
+    folder, evil = finished("ptq/train.py", "--arch", "PC_DARTS"), named_by_the_record(tmp_path)
+    note(folder, data_module=f"{evil}:make")
+    flags = [str(folder), "--save", str(tmp_path / "low"), "--n-sample", "1", "--device", "cpu"]
+    assert main_of("ptq.quantize")(flags) == 2
+    error = capsys.readouterr().err
+    assert f"RUN {folder}" in error and str(evil) in error and "give --data-module FILE.py:FUNCTION" in error
+    (tmp_path / "mine.py").write_text(DIGITS)
+    assert main_of("ptq.quantize")([*flags, "--data-module", f"{tmp_path / 'mine.py'}:make"]) == 0
+    assert main_of("evaluate")([str(tmp_path / "low")]) == 2, "its record holds the training's"
+    assert str(evil) in capsys.readouterr().err and not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(("key", "form"), [("data_module", "FILE.py:FUNCTION"), ("search_space", "FILE.py")])
+def test_a_search_opened_again_runs_no_file_of_its_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, form: str, search: Path
+) -> None:
+    folder, evil = Path(shutil.copytree(search, tmp_path / "from-elsewhere")), named_by_the_record(tmp_path)
+    note(folder, **{key: f"{evil}:make" if key == "data_module" else str(evil)})
+    flag, out = "--" + key.replace("_", "-"), tmp_path / "drawn.json"
+    trained = []
+    for name in ("one", "two"):
+        trained.append(str(write_run(tmp_path / name, train_result())))
+    draw = ["random", "--like", str(folder), "--out", str(out)]
+    for words, where in ((draw, f"--like {folder}"), (["rank", str(folder), *trained], f"SEARCH_RUN {folder}")):
+        assert main_of("common.recipes.__main__")(words) == 2
+        error = capsys.readouterr().err
+        assert where in error and str(evil) in error and f"give {flag} {form}" in error
+    assert not (tmp_path / "canary").exists() and not out.exists()
+    (tmp_path / "mine.py").write_text(DIGITS if key == "data_module" else "PRIMITIVES = ('none', 'sep_conv_3x3')\n")
+    value = str(tmp_path / "mine.py") + (":make" if key == "data_module" else "")
+    assert main_of("common.recipes.__main__")([*draw, flag, value]) == 0, capsys.readouterr().err
+    assert out.is_file() and not (tmp_path / "canary").exists()
+
+
+DIGITS = "from common.data import load\ndef make(): return load('digits')\n"
+
+
+def named_by_the_record(tmp_path: Path) -> Path:
+    """A file beside the run that leaves a canary when it is executed, and would do as data or as a search space."""
+    path = tmp_path / "beside.py"
+    canary = f"open({str(tmp_path / 'canary')!r}, 'w')\n"
+    path.write_text(canary + DIGITS + "PRIMITIVES = ('none', 'sep_conv_3x3', 'skip_connect')\n")
+    return path
+
+
+def note(folder: Path, **changes: Any) -> None:
+    record = json.loads((folder / "config.json").read_text())
+    record["config"] |= changes
+    (folder / "config.json").write_text(json.dumps(record))
+
+
+def main_of(module: str) -> Callable[[list[str]], int]:
+    return importlib.import_module(module).main
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search of one step."""
+    from tests.helpers.smoke_runs import CELLS, SMOKE, call
+
+    folder = tmp_path_factory.mktemp("search") / "run"
+    argv = [*SMOKE, *CELLS, "--bits", "2", "4", "--epochs", "1", "--steps-per-epoch", "1", "--save", str(folder)]
+    code, said = call("qdarts/search.py", argv)
+    assert code == 0, said
+    return folder
+
+
 @pytest.fixture
-def finished(tmp_path: Path) -> Callable[[], Path]:
+def finished(tmp_path: Path) -> Callable[..., Path]:
     from tests.helpers.smoke_runs import SMOKE, call
 
-    def make() -> Path:
-        argv = [*SMOKE, "--epochs", "1", "--steps-per-epoch", "1", "--save", str(tmp_path / "runs" / "trained")]
-        code, said = call("qdarts/train.py", argv)
+    def make(program: str = "qdarts/train.py", *more: str) -> Path:
+        argv = [*SMOKE, *more, "--epochs", "1", "--steps-per-epoch", "1", "--save", str(tmp_path / "runs" / "trained")]
+        code, said = call(program, argv)
         assert code == 0, said
         return Path(shutil.copytree(tmp_path / "runs" / "trained", tmp_path / "from-elsewhere"))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from common.engine.__main__ import main
 from common.engine.changes import owner_of
 from common.engine.checkpoint import CheckpointStore
 from common.engine.environment import ROOT
-from common.engine.repeat import compare, free_folder, read_repeat
+from common.engine.repeat import check_flags, compare, free_folder, read_repeat
+from common.engine.repeat import start as start_again
 from common.recipes.flags import resolve_training, training_parser
 from tests.helpers.smoke_runs import RUNS, TRAINED, argv_of, call
 
@@ -264,6 +268,66 @@ def test_python_that_a_config_names_is_not_executed_unasked(
     assert main(["repeat", str(copy)]) == 2
     assert "--own-code" in capsys.readouterr().err and not canary.exists()
     assert f"--{dest.replace('_', '-')}=" in " ".join(read_repeat(copy, own_code=True).flags)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"given": {"data_module": "{}:load"}}, "--own-code"),
+        ({"data-module": "{}:load"}, "'data-module' is no flag's key"),
+        ({"data_module": None, "given": {"data-module": "{}:load"}}, "'data-module' is no flag's key"),
+        ({"bits": ["2", "--data-module={}:load"]}, "begins as a flag does"),
+        ({"bits": ["2", "-data_module", "{}:load"]}, "begins as a flag does"),
+        ({"arch": "--data-module={}:load"}, "begins as a flag does"),
+    ],
+)
+def test_python_is_not_executed_by_a_flag_in_disguise(
+    copy: Path, changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`given`, other spellings of a key, and values that the program would read as a flag of their own."""
+    canary, evil = copy.parent / "canary", copy.parent / "evil.py"
+    evil.write_text(f"open({str(canary)!r}, 'w')\ndef load(): return 1\n")
+    rewrite(
+        copy,
+        config=json.loads(json.dumps(changes).replace("{}", str(evil))),
+        sources=dict.fromkeys(changes, "flag"),
+    )
+    assert main(["repeat", str(copy)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and str(copy / "config.json") in err and not canary.exists()
+
+
+def test_numbers_below_zero_are_no_flags(copy: Path) -> None:
+    rewrite(
+        copy,
+        config={"seed": -1, "bits": [-2, -1e-05]},
+        sources={"seed": "flag", "bits": "flag"},
+    )
+    words = " ".join(read_repeat(copy).flags)
+    assert "--seed=-1" in words and "--bits -2 -1e-05" in words
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_module_in_the_folder_that_a_config_names_is_not_imported(
+    copy: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`-m` and `-c` put the working folder first on sys.path, as does a relative entry of PYTHONPATH."""
+    place, canary = copy.parent / "place", copy.parent / "canary"
+    place.mkdir()
+    for name in ("torch", "runpy", "json", "common"):
+        (place / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')\nraise SystemExit(9)\n")
+    rewrite(copy, cwd=str(place), processes=processes)
+    repeat = read_repeat(copy)
+    asked = repeat.command("--print-config")
+    here = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(asked, cwd=repeat.folder, env=here, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and not canary.exists(), f"the printed command: {done.stderr}"
+    monkeypatch.chdir(ROOT)
+    for path in (".", os.pathsep + str(ROOT)):
+        monkeypatch.setenv("PYTHONPATH", path)
+        asked = replace(repeat, flags=(*repeat.flags, "--print-config"))
+        check_flags(repeat)
+        assert start_again(asked, copy.parent / "again") == 0 and not canary.exists()
 
 
 @pytest.mark.parametrize(
