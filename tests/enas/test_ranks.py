@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from common.engine import load_state
 from common.engine.cli import Config
