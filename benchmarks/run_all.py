@@ -49,7 +49,8 @@ PLAN: dict[str, list[str]] = {
     "ranks": ["ranks.py"],
     "loaders": ["loaders.py"],
 }
-NEEDS_DATA = ("startup", "data_pipeline")
+# Result -> which of our flags names its data.
+NEEDS_DATA = {"startup": "data", "data_pipeline": "data", "loaders": "photographs"}
 OWN_OUTPUT = ("data_pipeline", "loaders")  # of --output; their exit codes say that a goal is missed
 
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in args.only:
         print(f"== {name}", flush=True)
-        data = args.photographs if name == "loaders" else args.data
+        data = getattr(args, NEEDS_DATA[name]) if name in NEEDS_DATA else None
         done = subprocess.run([sys.executable, *command(name, data)], cwd=ROOT)
         if done.returncode and name not in OWN_OUTPUT:
             return done.returncode
@@ -75,7 +76,7 @@ def command(name: str, data: Path | None) -> list[str]:
     places = {"{csv}": str(RESULTS / f"{name}.csv"), "{plot}": str(ROOT / "docs" / "images" / f"{name}.svg")}
     script, *flags = (places.get(part, part) for part in PLAN[name])
     flags += ["--output" if name in OWN_OUTPUT else "--json", str(RESULTS / f"{name}.json")]
-    if data is not None and name in (*NEEDS_DATA, "loaders"):
+    if data is not None:
         flags += ["--data", str(data)]
     return [str(ROOT / "benchmarks" / script), *flags]
 

@@ -229,6 +229,7 @@ def test_documented_python_runs(root: Path, tmp_path: Path, file: Path, block: s
 @pytest.mark.timeout(1800)
 def test_documented_commands_run(root: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each document's blocks in order and in one folder, so that what one command leaves is there for the next."""
+    monkeypatch.setenv("PYTHONPATH", str(root))
     done = set()
     for file, block in blocks("bash"):
         place = runs["place"] / file.relative_to(root).with_suffix("")
@@ -248,7 +249,6 @@ def test_documented_commands_run(root: Path, runs: dict[str, Path], monkeypatch:
                 arguments[0] = str(root / arguments[0])
             # `repeat` names a run that an earlier command left here; the other modules read the project's files
             here = arguments[0] != "-m" or arguments[1] == "common.engine"
-            monkeypatch.setenv("PYTHONPATH", str(root))
             python(root, *arguments, cwd=place if here else root)
     assert len(done) > 40
 

@@ -42,6 +42,7 @@ from common.data.images import DatasetInfo, ImageData
 from common.data.order import Order
 from common.data.request import Request
 from common.data.streamed import CENTRE, PREPARED, RATIO, SCALE, Batch, Reader, StreamedSplit
+from common.strict_json import parse_json
 
 INSTALL = "bash scripts/install_ffcv.sh (Debian, Ubuntu), or environment.yml; --data DIR needs no ffcv"
 _JPEG_MODE = 0  # of an image's row: its bytes are a JPEG; otherwise they are pixels
@@ -312,7 +313,7 @@ def _class_names(path: Path) -> list[str] | None:
     if not beside.is_file():
         return None
     try:
-        return [str(name) for name in json.loads(beside.read_text())["classes"]]
+        return [str(name) for name in parse_json(beside.read_bytes())["classes"]]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{beside}: cannot be read ({error}); remove it (classes are then numbered)") from error
 

@@ -23,7 +23,7 @@ from common.engine.environment import ROOT
 from common.engine.repeat import check_flags, compare, free_folder, read_repeat
 from common.engine.repeat import start as start_again
 from common.recipes.flags import resolve_training, training_parser
-from tests.helpers.smoke_runs import RUNS, TRAINED, argv_of, call
+from tests.helpers.smoke_runs import RUNS, argv_of, call
 
 QUICK = (
     "fbqat/train.py",
@@ -107,14 +107,6 @@ def test_every_program_can_be_repeated(name: str, tmp_path: Path, trained: Path)
     run = start(tmp_path / "run", name, trained)
     assert main(["repeat", str(run)]) == 0
     assert_equal_runs(run, tmp_path / "run-repeat")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    code, said = call(TRAINED[0], [*TRAINED[1:], "--save", str(folder)])
-    assert code == 0, said
-    return folder
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from common.engine import preemption
 from common.engine.checkpoint import CheckpointStore
 from common.engine.search_loop import SearchLoop
 from tests.helpers.ends import assert_same, assert_same_end, end_of, newest
-from tests.helpers.smoke_runs import RUNS, TRAINED, argv_of, call
+from tests.helpers.smoke_runs import RUNS, argv_of, call
 
 SCHEDULES = ("--lr-schedule", "step", "--lr-step-epochs", "1", "--lr-warmup-epochs", "1", "--epochs", "3")
 # name: (run of RUNS, what it changes, steps of the whole run)
@@ -90,15 +90,6 @@ SLOW: dict[str, tuple[str, tuple[str, ...], int]] = CASES | {
         4,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full-precision training: teacher, start, and what is quantised."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    code, said = call(TRAINED[0], [*TRAINED[1:], "--save", str(folder)])
-    assert code == 0, said
-    return folder
 
 
 @contextmanager
