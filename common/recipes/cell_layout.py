@@ -22,7 +22,21 @@ ARROW = 7.0  # length of an arrow's head
 _LANE, _LEVEL, _DROP = 10.0, 6.5, 5.5  # distances between parallel lines
 _BEFORE_NODE, _BEHIND_LANES, _FRAME = 17.0, 13.0, 14.0
 _CLEAR = 13.0  # between a node's rim and the nearest line that passes it
-_TITLE, _LEGEND, _MARGIN = 26.0, 34.0, 10.0
+_TITLE, _LEGEND, _WIDTHS, _MARGIN = 26.0, 34.0, 24.0, 10.0
+TITLE_SIZE, HEADING_SIZE, LEGEND_SIZE = 15.0, 13.0, 11.0  # points of letters
+SWATCH = 16.0  # width of a legend's sample
+# Ems of the letters of DejaVu Sans that are clearly narrower or wider than .7
+_WIDTHS_OF_LETTERS = {
+    **dict.fromkeys("ijlI'|", 0.31),
+    **dict.fromkeys(" .,:;/()[]!-", 0.4),
+    **dict.fromkeys("ftr", 0.43),
+    **dict.fromkeys("acekosvxyzLTF_?", 0.62),
+    **dict.fromkeys("bdghnpqu0123456789", 0.64),
+    **dict.fromkeys("w#+<=>^~", 0.85),
+    **dict.fromkeys("mMWOQGD%@&", 1.0),
+}
+LEGEND_INTRO = "w weights, a activations, lines by weights:"
+WIDTHS_INTRO = "line width, by how much the choice leads in the softmax:"
 
 Point = tuple[float, float]
 
@@ -43,11 +57,15 @@ class CellEdge:
     target: int
     operation: str
     chips: tuple[Chip, ...] = ()
+    margin: float | None = None
+    """By how much the choice leads in its edge's softmax, 0 to 1; None: not known."""
 
     @property
     def label(self) -> str:
         """The whole label as one string, such as `sep_conv_3x3  w2 a4`."""
-        return "  ".join(part for part in (self.operation, " ".join(chip.text for chip in self.chips)) if part)
+        parts = (self.operation, " ".join(chip.text for chip in self.chips))
+        lead = "" if self.margin is None else f"leads by {self.margin:.3f}"
+        return "  ".join(part for part in (*parts, lead) if part)
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -124,6 +142,34 @@ class Drawing:
     lines: list[Line] = field(default_factory=list)
     legend: list[tuple[str, str]] = field(default_factory=list)
     legend_y: float = 0.0
+    widths: list[tuple[str, float]] = field(default_factory=list)
+    """The legend of line widths: text and points; empty: all operations have one width."""
+    widths_y: float = 0.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a cell takes: width of labels and inputs, depth of the levels below each row, reach to left and right.
+
+    Cells drawn with the same room have their nodes and labels in the same places, whatever was chosen.
+    """
+
+    label: float
+    wide: float
+    high: float
+    needed: tuple[float, ...]
+    left: float
+    right: float
+
+    def joined(self, other: Room) -> Room:
+        """Room enough for both."""
+        needed = tuple(map(max, self.needed, other.needed))
+        pairs = zip(self._lengths(), other._lengths(), strict=True)
+        label, wide, high, left, right = (max(pair) for pair in pairs)
+        return Room(label, wide, high, needed, left, right)
+
+    def _lengths(self) -> tuple[float, ...]:
+        return self.label, self.wide, self.high, self.left, self.right
 
 
 def tag_width(edge: CellEdge) -> float:
@@ -139,6 +185,12 @@ def chip_width(chip: Chip) -> float:
 def chips_width(chips: Sequence[Chip]) -> float:
     """Width of several chips in a row."""
     return sum(chip_width(chip) + 3 for chip in chips) - (3 if chips else 0)
+
+
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """At most what a text takes in the pictures' proportional font, of so many points."""
+    ems = sum(_WIDTHS_OF_LETTERS.get(letter, 0.7 if letter.isascii() else 1.0) for letter in text)
+    return (1.17 if bold else 1.03) * size * ems
 
 
 def state_text(state: int) -> str:
@@ -167,12 +219,20 @@ def _lanes(edges: Sequence[CellEdge]) -> dict[int, int]:
     return lanes
 
 
-def _sides(cell: Cell) -> tuple[list[CellEdge], list[CellEdge]]:
-    """Left and right edges: one of each state's two on either side, such that few lanes and few crossings result."""
+Sides = tuple[list[CellEdge], list[CellEdge]]
+"""A cell's operations that enter from the left, and from the right."""
+
+
+def choose_sides(cell: Cell, before: Sides | None = None) -> Sides:
+    """Left and right edges: one of each state's two on either side, such that few lanes and few crossings result.
+
+    `before`: those of the picture that this one follows; what is in both stays on its side.
+    """
+    kept = {(e.source, e.target): side for side, edges in enumerate(before or ()) for e in edges}
     pairs = [[e for e in cell.edges if e.target == 2 + i] for i in range(cell.states)]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"cell {cell.title!r}: a state without exactly two operations cannot be drawn")
-    best: tuple[tuple[float, ...], tuple[list[CellEdge], list[CellEdge]]] | None = None
+    best: tuple[tuple[float, ...], Sides] | None = None
     # 2^states ways; beyond ten states the first ten choose and the others keep their order
     for flips in itertools.product((0, 1), repeat=min(cell.states, 10)):
         turned = list(flips) + [0] * (cell.states - len(flips))
@@ -180,7 +240,9 @@ def _sides(cell: Cell) -> tuple[list[CellEdge], list[CellEdge]]:
         right = [pair[1 - flip] for pair, flip in zip(pairs, turned, strict=True)]
         widths = [max(_lanes(side).values()) + 1 for side in (left, right)]
         wrong = sum(e.source == 1 for e in left) + sum(e.source == 0 for e in right)
-        score = (sum(widths), wrong, abs(widths[0] - widths[1]), *flips)
+        moved = sum(kept.get((e.source, e.target), 0) != 0 for e in left)
+        moved += sum(kept.get((e.source, e.target), 1) != 1 for e in right)
+        score = (moved, sum(widths), wrong, abs(widths[0] - widths[1]), *flips)
         if best is None or score < best[0]:
             best = (score, (left, right))
     assert best is not None
@@ -199,7 +261,7 @@ class _Exit:
     drop: float = 0.0
 
 
-def _exits(cell: Cell, sides: tuple[list[CellEdge], list[CellEdge]], label: float) -> tuple[list[_Exit], float, float]:
+def _exits(cell: Cell, sides: Sides, label: float) -> tuple[list[_Exit], float, float]:
     """All lines that turn into a lane, and how far the cell reaches to the left and to the right."""
     exits: list[_Exit] = []
     reach = []
@@ -215,8 +277,8 @@ def _exits(cell: Cell, sides: tuple[list[CellEdge], list[CellEdge]], label: floa
     return exits, reach[0], reach[1]
 
 
-def _turns(exits: Sequence[_Exit], rows: int) -> list[float]:
-    """Give each exit its level and drop; return how many levels the space below each row needs.
+def _turns(exits: Sequence[_Exit], rows: int, wide: float) -> tuple[float, ...]:
+    """Give each exit its level and drop; return how deep the levels below each row reach. `wide`: of an input.
 
     The farthest lane turns first (highest) and drops outermost, so that lines of one node never cross each other.
     """
@@ -232,26 +294,34 @@ def _turns(exits: Sequence[_Exit], rows: int) -> list[float]:
         for source in {x.source for x in here}:
             own = [x for x in here if x.source == source]
             own.sort(key=lambda x: x.side * x.reach)
+            half = (wide / 2 if source < 2 else STATE_RADIUS) - 3.0
+            step = min(_DROP, 2 * half / max(1, len(own) - 1))  # many lines move together: all leave from the rim
             for place, leaving in enumerate(own):
-                leaving.drop = (place - (len(own) - 1) / 2) * _DROP
+                leaving.drop = (place - (len(own) - 1) / 2) * step
         needed.append(_LEVEL * max(0, depth - 1))
-    return needed
+    return tuple(needed)
 
 
-def lay_out_cell(cell: Cell, label: float) -> tuple[Drawing, float, float]:
-    """Lay one cell out around x = 0; returns the drawing and its reach to the left and right.
-
-    `label` is the width of every operation's label: one width for all, so that they stand in columns.
-    """
-    drawing = Drawing()
-    sides = _sides(cell)
-    exits, left, right = _exits(cell, sides, label)
-    rows = cell.states + 1
-    needed = _turns(exits, rows)
-    names = {state: f"{cell.name}_{state_text(state)}" for state in range(cell.states + 2)}
-    centres: dict[int, Point] = {}
+def room_of(cell: Cell, sides: Sides, label: float = 0.0) -> Room:
+    """The least room that a cell takes with its operations on these sides and labels of at least that width."""
+    label = max(label, *(tag_width(edge) for edge in cell.edges))
     high = INPUT_HEIGHT + (CHIPS_HEIGHT if any(cell.inputs) else 0.0)
     wide = max(INPUT_WIDTH, *(chips_width(chips) + 14 for chips in cell.inputs))
+    exits, left, right = _exits(cell, sides, label)
+    return Room(label, wide, high, _turns(exits, cell.states + 1, wide), left, right)
+
+
+def lay_out_cell(cell: Cell, sides: Sides, room: Room) -> Drawing:
+    """Lay one cell out around x = 0, in its room or a larger one.
+
+    All operations' labels have one width, so that they stand in columns.
+    """
+    drawing = Drawing()
+    label, wide, high, needed = room.label, room.wide, room.high, room.needed
+    exits, _, _ = _exits(cell, sides, label)
+    _turns(exits, cell.states + 1, wide)
+    names = {state: f"{cell.name}_{state_text(state)}" for state in range(cell.states + 2)}
+    centres: dict[int, Point] = {}
     y = high / 2
     for state in range(2):
         centres[state] = ((state - 0.5) * (wide + 18), y)
@@ -289,22 +359,47 @@ def lay_out_cell(cell: Cell, label: float) -> tuple[Drawing, float, float]:
             Line(names[last], output, [(0.0, centres[last][1] + STATE_RADIUS), (0.0, y - INPUT_HEIGHT / 2)])
         )
     drawing.height = y + INPUT_HEIGHT / 2
-    return drawing, left, right
+    return drawing
 
 
-def lay_out(cells: Sequence[Cell], *, title: str, legend: Sequence[tuple[str, str]]) -> Drawing:
-    """Lay the cells out side by side in one picture, each in its frame, with the legend below.
+@dataclass(frozen=True)
+class Plan:
+    """How several cells share a picture: the side of each operation, and the room of each cell."""
 
-    `legend` lists (text, colour), in order; empty: no legend.
-    """
+    sides: tuple[Sides, ...]
+    rooms: tuple[Room, ...]
+
+
+def plan_picture(cells: Sequence[Cell], before: Plan | None = None) -> Plan:
+    """The plan of one picture; `before`: that of the picture that it follows (see `choose_sides`)."""
+    sides = [choose_sides(cell, before.sides[k] if before else None) for k, cell in enumerate(cells)]
     label = max(tag_width(edge) for cell in cells for edge in cell.edges)
-    parts = [lay_out_cell(cell, label) for cell in cells]
+    return Plan(tuple(sides), tuple(room_of(cell, side, label) for cell, side in zip(cells, sides, strict=True)))
+
+
+def lay_out(
+    cells: Sequence[Cell],
+    *,
+    title: str,
+    legend: Sequence[tuple[str, str]],
+    widths: Sequence[tuple[str, float]] = (),
+    plan: Plan | None = None,
+) -> Drawing:
+    """Lay the cells out side by side in one picture, each in its frame, with the legends below.
+
+    `legend` lists (text, colour), in order, `widths` (text, points); empty: no such legend. `plan`: as `plan_picture`
+    gives it, perhaps with larger rooms.
+    """
+    plan = plan or plan_picture(cells)
+    parts = [lay_out_cell(cell, *how) for cell, *how in zip(cells, plan.sides, plan.rooms, strict=True)]
     top = _MARGIN + (_TITLE if title else 0.0)
-    height = max(part.height for part, _, _ in parts)
-    whole = Drawing(title=title, legend=list(legend))
-    x = _MARGIN
-    for cell, (part, left, right) in zip(cells, parts, strict=True):
-        width = left + right + 2 * _FRAME
+    height = max(part.height for part in parts)
+    whole = Drawing(title=title, legend=list(legend), widths=list(widths))
+    frames = sum(room.left + room.right + 2 * _FRAME + _MARGIN for room in plan.rooms) + _MARGIN
+    whole.width = max(frames, *_texts_widths(whole))
+    x = _MARGIN + (whole.width - frames) / 2
+    for cell, part, room in zip(cells, parts, plan.rooms, strict=True):
+        left, width = room.left, room.left + room.right + 2 * _FRAME
         frame = Box(x + width / 2, top + (height + _TITLE + 2 * _FRAME) / 2, width, height + _TITLE + 2 * _FRAME)
         whole.frames.append(Frame(cell.title, frame))
         dx, dy = x + _FRAME + left, top + _FRAME + _TITLE
@@ -315,12 +410,48 @@ def lay_out(cells: Sequence[Cell], *, title: str, legend: Sequence[tuple[str, st
             points = [(px + dx, py + dy) for px, py in line.points]
             whole.lines.append(Line(line.tail, line.head, points, line.edge, tag))
         x += width + _MARGIN
-    whole.width = x
     whole.height = top + height + _TITLE + 2 * _FRAME + _MARGIN
-    if legend:
-        whole.legend_y = whole.height + _LEGEND / 2 - _MARGIN / 2
-        whole.height += _LEGEND
+    add_legends(whole)
     return whole
+
+
+def add_legends(drawing: Drawing) -> None:
+    """Make room for the drawing's legends at its lower end."""
+    if drawing.legend:
+        drawing.legend_y = drawing.height + _LEGEND / 2 - _MARGIN / 2
+        drawing.height += _LEGEND
+    if drawing.widths:
+        drawing.widths_y = drawing.height + (_WIDTHS - _MARGIN) / 2 - (_MARGIN / 2 if drawing.legend else 0)
+        drawing.height += _WIDTHS
+
+
+def _legend_item(text: str) -> float:
+    """Width of a legend's entry: its sample, the text, and the distance to the next one."""
+    return SWATCH + 8 + text_width(text, LEGEND_SIZE) + 10
+
+
+def _legend_width(intro: str, entries: Sequence[tuple[str, object]]) -> float:
+    return text_width(intro, LEGEND_SIZE) + 10 + sum(_legend_item(text) for text, _ in entries)
+
+
+def legend_places(drawing: Drawing, intro: str, entries: Sequence[tuple[str, object]]) -> list[float]:
+    """Left ends of the legend's introduction and of every entry's sample; the text stands SWATCH + 6 behind it."""
+    x = (drawing.width - _legend_width(intro, entries)) / 2
+    places = [x]
+    x += text_width(intro, LEGEND_SIZE) + 10
+    for text, _ in entries:
+        places.append(x)
+        x += _legend_item(text)
+    return places
+
+
+def _texts_widths(drawing: Drawing) -> list[float]:
+    """What title and legends take, margins included."""
+    needed = [text_width(drawing.title, TITLE_SIZE, bold=True)]
+    for intro, entries in ((LEGEND_INTRO, drawing.legend), (WIDTHS_INTRO, drawing.widths)):
+        if entries:
+            needed.append(_legend_width(intro, entries))
+    return [width + 2 * _MARGIN for width in needed]
 
 
 def rounded(points: Sequence[Point], radius: float = 7.0) -> list[Point]:

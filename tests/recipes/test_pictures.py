@@ -14,13 +14,13 @@ import numpy
 import pytest
 
 from common.nets.architecture import Architecture, BitPolicy, CellBits, needs_bits
-from common.recipes import pictures
-from common.recipes.cell_layout import Box, Drawing, Line, rounded
+from common.recipes import cell_style, pictures
+from common.recipes.cell_layout import LETTER_WIDTH, Box, Drawing, Line, rounded
 from genotypes import GENOTYPES, Genotype
 
 DOT = pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz' dot")
 PAINTERS = [pytest.param("graphviz", marks=DOT), "matplotlib"]
-COLOURS = pictures.BIT_COLOURS | {0: pictures.MIXED_COLOUR}
+COLOURS = cell_style.BIT_COLOURS | {0: cell_style.MIXED_COLOUR}
 TWO_NODES = Genotype(
     normal=(("sep_conv_3x3", 0), ("skip_connect", 1), ("avg_pool_3x3", 2), ("max_pool_3x3", 0)),
     normal_concat=(2, 3),
@@ -184,7 +184,7 @@ def test_matplotlib_text_fits_its_label(tmp_path: Path) -> None:
     font = FontProperties(family="DejaVu Sans Mono")
     for text in ("conv_7x1_1x7", "w2-4", "a32"):
         extent = TextPath((0, 0), text, size=11, prop=font).get_extents()
-        assert extent.x1 <= pictures.LETTER_WIDTH * len(text)
+        assert extent.x1 <= LETTER_WIDTH * len(text)
 
 
 @pytest.mark.parametrize("painter", PAINTERS)
@@ -284,6 +284,6 @@ def test_text_on_chips_has_contrast() -> None:
         values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in values]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        text = 1.0 if pictures._on(colour) == "#FFFFFF" else 0.0
+        text = 1.0 if cell_style.on(colour) == "#FFFFFF" else 0.0
         high, low = max(text, luminance), min(text, luminance)
         assert (high + 0.05) / (low + 0.05) >= 4.5, colour
