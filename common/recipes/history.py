@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""history.jsonl as it is read while its run may still be writing it: whole lines count, a half-written last one is said."""
+"""history.jsonl, read while its run may still be writing it: whole lines count, a half-written last one is said."""
 
 from __future__ import annotations
 
