@@ -228,7 +228,7 @@ def _flat_places(
     row: HistoryRow, tables: Mapping[str, ndarray | None], operand: str
 ) -> list[tuple[str, tuple[str, ...], ndarray]]:
     """Of a search that has a row a convolution: [epochs, convolutions, bits] by kind of cell."""
-    layers = list(((row.get("bits") or {}).get("layers") or {}))
+    layers = list((row.get("bits") or {}).get("layers") or {})
     found = []
     for kind in ("normal", "reduce"):
         table = tables.get(f"{kind}_{operand}")

@@ -17,7 +17,8 @@ from common.recipes.contents import CONTENTS
 _INCIDENTAL = frozenset(
     (
         *("seed", "arch", "run", *CONTENTS, "data", "save", "runs", "resume", "preset", "config", "print_config"),
-        *("list_presets", "dry_run", "log_every", "checkpoint_minutes", "tensorboard", "workers", "threads", "quiet"),
+        *("list_presets", "dry_run", "log_every", "checkpoint_minutes", "tensorboard", "plots", "workers"),
+        *("threads", "quiet"),
     )
 )
 # whether, but not which: paths differ from seed to seed

@@ -34,6 +34,7 @@ from common.recipes.findings import (
 )
 from common.recipes.parts import save_parts
 from common.recipes.plan import plan_search
+from common.recipes.plots import plot_run, show_choices
 from common.recipes.search_setup import PreparedSearch, prepare_search
 from common.recipes.setup import open_run, tell
 from common.recipes.trained import cost_text, evaluate_split
@@ -97,6 +98,7 @@ def run_search(
             run.log(note)
         if config.search_fraction is not None and prepared.parts is not None:
             save_parts(run, prepared.parts)
+        show_choices(run, config)
         outcome = search(
             prepared.supernet,
             run=run,
@@ -107,6 +109,7 @@ def run_search(
             **prepared.loop,
         )
         result = _conclude(run, prepared, method, hooks, outcome)
+        plot_run(run, config)
         run.finish(result)
         return read_json(run.folder / "result.json")
 
@@ -130,8 +133,11 @@ def _record(run: Run, prepared: PreparedSearch, hooks: SearchHooks, epoch: int, 
     row = epoch_row(prepared, figures) | more
     run.history(row, epoch=epoch)
     scalars = {key: value for key, value in row.items() if isinstance(value, float)}
-    scalars |= {key: figures[key] for key in ("learning_rate", "images_per_second", "seconds")}
+    rates = [key for key in figures if key.endswith("learning_rate")]
+    scalars |= {key: figures[key] for key in (*rates, "images_per_second", "seconds")}
     scalars["peak_memory_mb"] = peak_memory_mb(prepared.device)
+    if run.columns is not None:  # a run that an older version began may lack some
+        scalars = {key: value for key, value in scalars.items() if key in run.columns}
     steps = prepared.loop["train_stream"].steps_per_epoch
     run.metrics({"epoch": epoch, **scalars}, step=(epoch + 1) * steps)
     run.log(epoch_text(row) + "".join(f"; {name.replace('_', ' ')} {value:.4g}" for name, value in more.items()))
