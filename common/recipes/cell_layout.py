@@ -9,9 +9,10 @@ needed. All lengths are points, y points down. Nothing here knows how the pictur
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 STATE_RADIUS = 15.0
 INPUT_WIDTH, INPUT_HEIGHT = 66.0, 27.0
@@ -146,6 +147,21 @@ class Drawing:
     """The legend of line widths: text and points; empty: all operations have one width."""
     widths_y: float = 0.0
 
+    def shifted(self, dx: float, dy: float) -> Drawing:
+        """The same drawing with all but its title and legends elsewhere."""
+        frames = [Frame(frame.title, frame.box.shifted(dx, dy)) for frame in self.frames]
+        nodes = [Node(node.name, node.text, node.kind, node.box.shifted(dx, dy), node.chips) for node in self.nodes]
+        lines = []
+        for line in self.lines:
+            tag = line.tag.shifted(dx, dy) if line.tag else None
+            points = [(px + dx, py + dy) for px, py in line.points]
+            lines.append(Line(line.tail, line.head, points, line.edge, tag))
+        return replace(self, frames=frames, nodes=nodes, lines=lines)
+
+    def widened(self, width: float) -> Drawing:
+        """The same drawing in the middle of a canvas of that width."""
+        return replace(self.shifted((width - self.width) / 2, 0.0), width=width)
+
 
 @dataclass(frozen=True)
 class Room:
@@ -162,14 +178,11 @@ class Room:
     right: float
 
     def joined(self, other: Room) -> Room:
-        """Room enough for both."""
+        """Room enough for both; their labels have one width."""
         needed = tuple(map(max, self.needed, other.needed))
-        pairs = zip(self._lengths(), other._lengths(), strict=True)
-        label, wide, high, left, right = (max(pair) for pair in pairs)
-        return Room(label, wide, high, needed, left, right)
-
-    def _lengths(self) -> tuple[float, ...]:
-        return self.label, self.wide, self.high, self.left, self.right
+        lengths = [(one.wide, one.high, one.left, one.right) for one in (self, other)]
+        wide, high, left, right = map(max, *lengths)
+        return Room(self.label, wide, high, needed, left, right)
 
 
 def tag_width(edge: CellEdge) -> float:
@@ -285,12 +298,14 @@ def _turns(exits: Sequence[_Exit], rows: int, wide: float) -> tuple[float, ...]:
     needed = []
     for row in range(rows):
         here = [x for x in exits if _row(x.source) == row]
-        depth = 0
-        for side in (-1, 1):
-            ordered = sorted((x for x in here if x.side == side), key=lambda x: -x.reach)
-            for level, leaving in enumerate(ordered):
+        left, right = (sorted((x for x in here if x.side == side), key=lambda x: -x.reach) for side in (-1, 1))
+        # what leaves the left input to the right meets what leaves the right one to the left: no level for both
+        crossing = [(i, j) for i, x in enumerate(left) for j, y in enumerate(right) if x.source > y.source]
+        lower = next(k for k in itertools.count() if all(i != j + k for i, j in crossing))
+        for first, ordered in ((0, left), (lower, right)):
+            for level, leaving in enumerate(ordered, first):
                 leaving.level = _LEVEL * level
-            depth = max(depth, len(ordered))
+        depth = max(len(left), lower + len(right) if right else 0)
         for source in {x.source for x in here}:
             own = [x for x in here if x.source == source]
             own.sort(key=lambda x: x.side * x.reach)
@@ -370,11 +385,31 @@ class Plan:
     rooms: tuple[Room, ...]
 
 
-def plan_picture(cells: Sequence[Cell], before: Plan | None = None) -> Plan:
-    """The plan of one picture; `before`: that of the picture that it follows (see `choose_sides`)."""
-    sides = [choose_sides(cell, before.sides[k] if before else None) for k, cell in enumerate(cells)]
-    label = max(tag_width(edge) for cell in cells for edge in cell.edges)
-    return Plan(tuple(sides), tuple(room_of(cell, side, label) for cell, side in zip(cells, sides, strict=True)))
+def label_width(cells: Iterable[Cell]) -> float:
+    """Width of the widest operation's label."""
+    return max(tag_width(edge) for cell in cells for edge in cell.edges)
+
+
+def plan_picture(cells: Sequence[Cell]) -> Plan:
+    """The plan of one picture."""
+    (plan,) = plan_pictures([cells])
+    return plan
+
+
+def plan_pictures(pictures: Sequence[Sequence[Cell]]) -> list[Plan]:
+    """The plans of pictures that follow each other: nodes and labels stay where they are, and so does every operation
+    that two pictures have in common.
+    """
+    label = label_width(cell for cells in pictures for cell in cells)
+    sides: list[tuple[Sides, ...]] = []
+    for cells in pictures:
+        before = sides[-1] if sides else [None] * len(cells)
+        sides.append(tuple(choose_sides(cell, old) for cell, old in zip(cells, before, strict=True)))
+    rooms: list[Room] = []
+    for k, column in enumerate(zip(*pictures, strict=True)):
+        several = [room_of(cell, side[k], label) for cell, side in zip(column, sides, strict=True)]
+        rooms.append(functools.reduce(Room.joined, several))
+    return [Plan(side, tuple(rooms)) for side in sides]
 
 
 def lay_out(
@@ -402,13 +437,9 @@ def lay_out(
         left, width = room.left, room.left + room.right + 2 * _FRAME
         frame = Box(x + width / 2, top + (height + _TITLE + 2 * _FRAME) / 2, width, height + _TITLE + 2 * _FRAME)
         whole.frames.append(Frame(cell.title, frame))
-        dx, dy = x + _FRAME + left, top + _FRAME + _TITLE
-        for node in part.nodes:
-            whole.nodes.append(Node(node.name, node.text, node.kind, node.box.shifted(dx, dy), node.chips))
-        for line in part.lines:
-            tag = line.tag.shifted(dx, dy) if line.tag else None
-            points = [(px + dx, py + dy) for px, py in line.points]
-            whole.lines.append(Line(line.tail, line.head, points, line.edge, tag))
+        placed = part.shifted(x + _FRAME + left, top + _FRAME + _TITLE)
+        whole.nodes += placed.nodes
+        whole.lines += placed.lines
         x += width + _MARGIN
     whole.height = top + height + _TITLE + 2 * _FRAME + _MARGIN
     add_legends(whole)
