@@ -630,6 +630,23 @@ def _lock(folder: Path) -> IO[str] | None:
     return file
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a process works in a run's folder; None where that cannot be told (no lock file, no such locks).
+
+    Not for a process that holds the folder itself: to look at its own lock would let go of it.
+    """
+    try:
+        import fcntl
+
+        with open(folder / LOCK, encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except (ImportError, OSError):
+        return None
+    return False
+
+
 # ---- files that grow
 
 

@@ -163,4 +163,6 @@ def _plot(axes: Axes, panel: Panel, epochs: list[float], shown: Mapping[str, lis
         axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    # below the axis and its name, where it covers nothing
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 3.9}
+    axes.legend(frameon=False, fontsize=8, ncols=2, columnspacing=1.2, **below)

@@ -106,12 +106,13 @@ def _percent(row: Row) -> str:
     return f"{text} (95%: {low:.1f} to {high:.1f})"
 
 
-def _scaled(value: float) -> str:
-    """`41.2 M` for 41,230,000."""
+def _scaled(value: float, unit: str) -> str:
+    """`41.2 M BitOps` for 41,230,000, `20.5 kB` for 20,480; a longer unit stands apart."""
+    gap = " " if len(unit) > 1 else ""
     for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
-            return f"{value / scale:.3g} {letter}"
-    return f"{value:g} "
+            return f"{value / scale:.3g} {letter}{gap}{unit}"
+    return f"{value:g} {unit}"
 
 
 def _summary(rows: Sequence[Row], problems: Sequence[str]) -> str:
@@ -130,7 +131,7 @@ def _summary(rows: Sequence[Row], problems: Sequence[str]) -> str:
         best = max(members, key=lambda row: row.accuracy[0] or 0.0, default=None)
         if best is not None:
             bitops = best.mean("bitops")
-            cost = f" at {_scaled(bitops)} BitOps" if bitops else ""
+            cost = f" at {_scaled(bitops, 'BitOps')}" if bitops else ""
             name = f"{best.common(lambda r: r.method)} {best.bits_label} {best.first.architecture}".strip()
             lines.append(f"{kind[0]}: highest test accuracy {_percent(best)} by {name}{cost}, of {len(members)} rows.")
     lines += [f"{record.folder}: not finished, {record.progress}." for record in going]
@@ -264,9 +265,9 @@ def _facts(record: Record, config: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("architecture", record.architecture),
         ("test accuracy" if record.stage == "train" else "validation accuracy", accuracy + of),
         ("mean bits, weights/activations", bits),
-        ("BitOps, all layers", f"{_scaled(bitops)}".strip() if bitops else ""),
-        ("BitOps, quantised layers", f"{_scaled(quantised)}".strip() if quantised else ""),
-        ("memory of the weights", f"{_scaled(memory)}B" if memory else ""),
+        ("BitOps, all layers", _scaled(bitops, "") if bitops else ""),
+        ("BitOps, quantised layers", _scaled(quantised, "") if quantised else ""),
+        ("memory of the weights", _scaled(memory, "B") if memory else ""),
         ("parameters", f"{numbers['parameters']:,.0f}" if "parameters" in numbers else ""),
         ("time", duration(seconds) if seconds else ""),
         ("size", ", ".join(sizes)),
@@ -359,8 +360,8 @@ def _layers(record: Record, cost_of: CostOf | None) -> str:
         "input, B": [f"{layer.activation_bytes:,.0f}" for layer in cost.layers],
     }
     head = (
-        f"{len(cost.layers)} layers, {_scaled(cost.bitops)}BitOps ({_scaled(cost.bitops_quantized)}in quantised "
-        f"layers), {_scaled(cost.weight_bytes)}B of weights"
+        f"{len(cost.layers)} layers, {_scaled(cost.bitops, 'BitOps')} ({_scaled(cost.bitops_quantized, 'BitOps')} in "
+        f"quantised layers), {_scaled(cost.weight_bytes, 'B')} of weights"
     )
     note = "" if record.stage == "train" else " of the network that the search is for"
     shown = parts.table(columns, left=["layer", "share"], raw=["w", "a", "share"])

@@ -48,8 +48,11 @@ def inline_svg(svg: bytes | str, name: str, label: str, *, themed: bool = True) 
     if themed:
         text = re.sub(r"#[0-9a-fA-F]{6}\b", lambda match: _themed(match[0]), text)
     head, _, rest = text.partition(">")
+    width = re.search(r"""\bwidth=["']([\d.]+)pt""", head)
+    # as wide as there is room, but no picture grows far beyond its size
+    widest = f' style="max-width:{float(width[1]) * 1.6:.0f}px"' if width else ""
     head = re.sub(r"""\s(?:width|height|id)=(["']).*?\1""", "", head)
-    return f'{head} role="img" aria-label="{escape(label)}">{rest.strip()}'
+    return f'{head}{widest} role="img" aria-label="{escape(label)}">{rest.strip()}'
 
 
 def _themed(colour: str) -> str:
@@ -115,6 +118,7 @@ STYLE = """
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 16px; }
 h1 { font-size: 1.6rem; margin: .4em 0; } h2 { font-size: 1.25rem; margin: 1.6em 0 .5em; }
+section.run > h2, .card > h3 { margin-top: .2em; }
 h3 { font-size: 1.02rem; margin: 1.2em 0 .4em; overflow-wrap: anywhere; }
 a { color: var(--link); } p { margin: .4em 0; }
 nav ul { display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; padding: 0; margin: .5em 0; }
@@ -126,7 +130,7 @@ table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabu
 th, td { padding: 4px 10px; text-align: left; vertical-align: top; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
 th { color: var(--muted); font-weight: 600; } .n { text-align: right; }
-td:not(.n) { white-space: normal; max-width: 22em; }
+td:not(.n) { white-space: normal; min-width: 8em; max-width: 22em; overflow-wrap: break-word; }
 .note { color: var(--muted); font-size: .84rem; overflow-wrap: anywhere; } .warn { color: var(--warn); }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)); gap: 6px 18px;
   margin: .6em 0; }
