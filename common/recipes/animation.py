@@ -76,6 +76,22 @@ class Film:
     """Of the whole search; None: not known."""
     notes: tuple[str, ...]
 
+    def shown(self, *, bits: bool | None, confidence: bool | None) -> Film:
+        """The film with a part (True), without it (False), or as it is (None).
+
+        Raises ValueError, naming the flag, where a part is asked for that is not there.
+        """
+        if bits and not any(one.architecture.bits for one in self.choices):
+            raise ValueError(f"--bits: {self.name} searched none; leave the flag out")
+        if confidence and not any(one.margins for one in self.choices):
+            raise ValueError(f"--confidence: {self.name} has no alphas in its history.jsonl; leave the flag out")
+        choices = self.choices
+        if bits is False:
+            choices = tuple(replace(one, architecture=replace(one.architecture, bits=None)) for one in choices)
+        if confidence is False:
+            choices = tuple(replace(one, margins=None) for one in choices)
+        return replace(self, choices=choices)
+
 
 def read_film(run: Path) -> Film:
     """A search's history, as far as it is written. Raises ValueError naming the file, the reason and the cure."""
@@ -97,16 +113,6 @@ def read_film(run: Path) -> Film:
 
 def _shape(choice: Choice) -> tuple[int, ...]:
     return tuple(len(choice.architecture.pairs(kind)) for kind in ("normal", "reduce"))
-
-
-def without(film: Film, *, bits: bool = True, confidence: bool = True) -> Film:
-    """The same film without bits, or with all lines of one width."""
-    choices = film.choices
-    if not bits:
-        choices = tuple(replace(one, architecture=replace(one.architecture, bits=None)) for one in choices)
-    if not confidence:
-        choices = tuple(replace(one, margins=None) for one in choices)
-    return replace(film, choices=choices)
 
 
 def draw_film(film: Film, stem: Path, *, formats: Iterable[str], fps: float) -> list[Path]:

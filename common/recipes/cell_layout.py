@@ -431,7 +431,7 @@ def lay_out(
     height = max(part.height for part in parts)
     whole = Drawing(title=title, legend=list(legend), widths=list(widths))
     frames = sum(room.left + room.right + 2 * _FRAME + _MARGIN for room in plan.rooms) + _MARGIN
-    whole.width = max(frames, *_texts_widths(whole))
+    whole.width = max(frames, legends_width(whole))
     x = _MARGIN + (whole.width - frames) / 2
     for cell, part, room in zip(cells, parts, plan.rooms, strict=True):
         left, width = room.left, room.left + room.right + 2 * _FRAME
@@ -476,13 +476,13 @@ def legend_places(drawing: Drawing, intro: str, entries: Sequence[tuple[str, obj
     return places
 
 
-def _texts_widths(drawing: Drawing) -> list[float]:
-    """What title and legends take, margins included."""
+def legends_width(drawing: Drawing) -> float:
+    """The least width of a canvas that shows the drawing's title and legends whole."""
     needed = [text_width(drawing.title, TITLE_SIZE, bold=True)]
     for intro, entries in ((LEGEND_INTRO, drawing.legend), (WIDTHS_INTRO, drawing.widths)):
         if entries:
             needed.append(_legend_width(intro, entries))
-    return [width + 2 * _MARGIN for width in needed]
+    return max(needed) + 2 * _MARGIN
 
 
 def rounded(points: Sequence[Point], radius: float = 7.0) -> list[Point]:

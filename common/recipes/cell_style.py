@@ -17,6 +17,8 @@ BIT_COLOURS: dict[int, str] = {
     32: "#D55E00",
 }
 """Colour by bit-width."""
+OTHER_COLOUR = "#64748B"
+"""Of every other bit-width."""
 MIXED_COLOUR = "#E2E6EC"
 """Ground of a label's bits where cells of one type differ; their line has the colours of both ends of the range."""
 PLAIN, NO_WEIGHTS = "#64748B", "#9AA5B4"
@@ -29,6 +31,11 @@ DPI = 160
 """Of a PNG."""
 _WIDTH, _CONCAT_WIDTH = 1.6, 1.1
 _THIN, _THICK = 1.0, 4.6  # lines of one node are 5.5 apart
+
+
+def bit_colour(bits: int) -> str:
+    """The colour of a bit-width."""
+    return BIT_COLOURS.get(bits, OTHER_COLOUR)
 
 
 def legend_text(bits: int) -> str:
@@ -46,7 +53,7 @@ def on(colour: str) -> str:
 
 def chip_colour(chip: Chip) -> str:
     """The ground of a chip."""
-    return BIT_COLOURS[chip.bits[0]] if len(chip.bits) == 1 else MIXED_COLOUR
+    return bit_colour(chip.bits[0]) if len(chip.bits) == 1 else MIXED_COLOUR
 
 
 def line_colours(line: Line, drawing: Drawing) -> list[str]:
@@ -55,7 +62,7 @@ def line_colours(line: Line, drawing: Drawing) -> list[str]:
         return [CONCAT]
     if not line.edge.bits:
         return [NO_WEIGHTS if drawing.legend else PLAIN]
-    return list(dict.fromkeys(BIT_COLOURS[bits] for bits in (line.edge.bits[0], line.edge.bits[-1])))
+    return list(dict.fromkeys(bit_colour(bits) for bits in (line.edge.bits[0], line.edge.bits[-1])))
 
 
 def line_width(line: Line) -> float:

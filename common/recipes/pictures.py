@@ -17,7 +17,7 @@ from common.engine.files import write_bytes
 from common.nets.architecture import Architecture, BitPolicy, Bits, CellBits, needs_bits
 from common.recipes import cells_graphviz, cells_matplotlib
 from common.recipes.cell_layout import Cell, CellEdge, Chip, Drawing, Plan, lay_out
-from common.recipes.cell_style import BIT_COLOURS, MIXED_COLOUR, NO_WEIGHTS, legend_text, margin_width
+from common.recipes.cell_style import BIT_COLOURS, MIXED_COLOUR, NO_WEIGHTS, OTHER_COLOUR, legend_text, margin_width
 
 if TYPE_CHECKING:
     import numpy
@@ -107,6 +107,8 @@ def bits_legend(chips: Iterable[Chip]) -> list[tuple[str, str]]:
     chips = list(chips)
     shown = {bits for chip in chips for bits in chip.bits}
     legend = [(legend_text(bits), colour) for bits, colour in BIT_COLOURS.items() if bits in shown]
+    if shown - BIT_COLOURS.keys():
+        legend.append(("other bits", OTHER_COLOUR))
     if any(len(chip.bits) > 1 for chip in chips):
         legend.append(("differs within or between cells", MIXED_COLOUR))
     return legend
@@ -139,10 +141,10 @@ def _edge_chips(policy: BitPolicy | None, kind: str, index: int, operation: str,
     if policy is None or not needs_bits(operation, 2 if kind == "reduce" and source < 2 else 1):
         return ()
     if policy.uniform is not None:
-        return _chips([policy.uniform])
+        return place_chips([policy.uniform])
     if policy.layers:
-        return _chips(_layers_of(policy.layers, kind, f"operations.{index}"))
-    return _chips([bits for cell in _cells_of(policy, kind) if (bits := cell.operations[index]) is not None])
+        return place_chips(_layers_of(policy.layers, kind, f"operations.{index}"))
+    return place_chips([bits for cell in _cells_of(policy, kind) if (bits := cell.operations[index]) is not None])
 
 
 def _input_chips(policy: BitPolicy | None, kind: str) -> tuple[tuple[Chip, ...], tuple[Chip, ...]]:
@@ -150,12 +152,12 @@ def _input_chips(policy: BitPolicy | None, kind: str) -> tuple[tuple[Chip, ...],
     if policy is None:
         return (), ()
     if policy.uniform is not None:
-        return _chips([policy.uniform]), _chips([policy.uniform])
+        return place_chips([policy.uniform]), place_chips([policy.uniform])
     if policy.layers:
-        before_last, last = (_chips(_layers_of(policy.layers, kind, f"preprocess{i}")) for i in range(2))
+        before_last, last = (place_chips(_layers_of(policy.layers, kind, f"preprocess{i}")) for i in range(2))
         return before_last, last
     cells = _cells_of(policy, kind)
-    return _chips([cell.preprocess0 for cell in cells]), _chips([cell.preprocess1 for cell in cells])
+    return place_chips([cell.preprocess0 for cell in cells]), place_chips([cell.preprocess1 for cell in cells])
 
 
 def _cells_of(policy: BitPolicy, kind: str) -> list[CellBits]:
@@ -170,8 +172,8 @@ def _layers_of(layers: Mapping[str, Bits], kind: str, part: str) -> list[Bits]:
     return [b for cell, rest, b in found if (cell in reductions) == (kind == "reduce") and rest.startswith(f"{part}.")]
 
 
-def _chips(pairs: Sequence[Bits]) -> tuple[Chip, ...]:
-    """`w...` and `a...` of one place in all cells of a type; with all their bit-widths."""
+def place_chips(pairs: Sequence[Bits]) -> tuple[Chip, ...]:
+    """`w...` and `a...` of the convolutions of one place, with all their bit-widths; empty without any."""
     if not pairs:
         return ()
     columns = zip("wa", zip(*pairs, strict=True), strict=True)

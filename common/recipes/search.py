@@ -162,10 +162,10 @@ def _conclude(
         "version": versions().get("project"),
     }
     architecture = model.architecture(plain(provenance))
+    row = epoch_row(prepared, summary)
     if distributed.is_main():
         run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
-        _draw(run, architecture)
-    row = epoch_row(prepared, summary)
+        _draw(run, architecture, row)
     command = train_command(config, method, run.folder, hooks.train_flags)
     run.log(f"genotype = {genotype_text(architecture.genotype)}")
     if warning := collapse_warning(row):
@@ -202,11 +202,12 @@ def _conclude(
     }
 
 
-def _draw(run: Run, architecture: Architecture) -> None:
+def _draw(run: Run, architecture: Architecture, row: dict[str, Any]) -> None:
+    from common.recipes.chosen import margins_of
     from common.recipes.pictures import draw_cells
 
     try:
-        for path in draw_cells(architecture, run.folder / "cells"):
+        for path in draw_cells(architecture, run.folder / "cells", margins=margins_of(row, architecture)):
             run.artefact(path.name.replace(".", "_"), path)
     except (ValueError, ImportError) as error:  # a search of hours must not fail for its picture
         run.log(f"no picture: {error}")
