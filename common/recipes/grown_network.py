@@ -113,10 +113,9 @@ def _size(target: Target, layers: int | None) -> tuple[dict[str, Any], int, bool
         build["image_size"] = pixels
     width = build["init_channels"] if darts else build["out_filters"]
     source = "as trained" if done else "by the run's flags" if flags else "the papers' size"
-    size = (
-        f"{build['layers']} {'cells' if darts else 'layers and two more'}, {width} channels, {pixels}x{pixels} pixels"
-    )
-    return build, pixels, known, f"{size}, {source}"
+    cells = build["layers"] + (0 if darts else 2)
+    size = f"{cells} cells, {width} channels" + (f", {pixels}x{pixels} pixels" if known else "")
+    return build, pixels, known, f"{size} ({source})"
 
 
 def _trained(target: Target) -> dict[str, Any]:
