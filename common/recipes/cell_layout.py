@@ -246,8 +246,8 @@ def choose_sides(cell: Cell, before: Sides | None = None) -> Sides:
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"cell {cell.title!r}: a state without exactly two operations cannot be drawn")
     best: tuple[tuple[float, ...], Sides] | None = None
-    # 2^states ways; beyond ten states the first ten choose and the others keep their order
-    for flips in itertools.product((0, 1), repeat=min(cell.states, 10)):
+    # 2^states ways; beyond eight states the first eight choose and the others keep their order
+    for flips in itertools.product((0, 1), repeat=min(cell.states, 8)):
         turned = list(flips) + [0] * (cell.states - len(flips))
         left = [pair[flip] for pair, flip in zip(pairs, turned, strict=True)]
         right = [pair[1 - flip] for pair, flip in zip(pairs, turned, strict=True)]
