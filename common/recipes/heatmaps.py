@@ -20,7 +20,6 @@ from genotypes import PRIMITIVES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from numpy import ndarray
 
 HistoryRow = Mapping[str, Any]
@@ -346,10 +345,14 @@ def _painted(sections: Sequence[Section]) -> Any:
     def painted() -> Any:
         with canvas(width, height) as figure:
             figure.set_layout_engine("none")
+            # one pair of axes for all blocks, in inches: a pair for each would take most of the time
+            axes = figure.add_axes((0, 0, 1, 1))
+            axes.set_axis_off()
             top = height
             for section, size in zip(sections, sizes, strict=True):
-                _paint_section(figure, section, (width, height), top)
+                _paint_section(axes, section, (width, height), top)
                 top -= size[1]
+            axes.set(xlim=(0, width), ylim=(0, height), aspect="auto")
             yield figure
 
     return painted()
@@ -397,56 +400,57 @@ def _section_size(section: Section) -> tuple[float, float]:
     return max(width, 0.075 * len(section.title) + 2 * _EDGE), _HEAD + sum(map(_line_height, section.lines)) + _EDGE
 
 
-def _paint_section(figure: Figure, section: Section, size: tuple[float, float], top: float) -> None:
-    """One section whose upper edge lies `top` inches above the figure's lower one."""
+def _paint_section(axes: Axes, section: Section, size: tuple[float, float], top: float) -> None:
+    """One section whose upper edge lies `top` inches above the figure's lower one; `size`: of the figure."""
     import numpy as np
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    width, height = size
     blocks = [block for line in section.lines for block in line if block is not None]
     seen = np.concatenate([block.values[np.isfinite(block.values)] for block in blocks])
     low, high = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0)
     widen = max(0.0, _LEAST_SPAN[section.scale] - (high - low)) / 2
     norm = Normalize(low - widen, high + widen)
-    figure.text(_EDGE / width, (top - 0.2) / height, section.title, fontsize=9.5, color=INK)
+    axes.text(_EDGE, top - 0.2, section.title, fontsize=9.5, color=INK)
     y = top - _HEAD
+    columns = _columns_of(section)
     for line in section.lines:
         x = _EDGE
-        for block, (left, wide, right) in zip(line, _columns_of(section), strict=False):
+        for block, (left, wide, right) in zip(line, columns, strict=False):
             if block is not None:
-                own = _block_size(block)[1]
-                box = ((x + left) / width, (y - _TITLE - own) / height, wide / width, own / height)
-                _paint_block(figure.add_axes(box), block, norm)
+                high = _block_size(block)[1]
+                _paint_block(axes, block, norm, (x + left, y - _TITLE - high, wide, high))
             x += left + wide + right
         y -= _line_height(line)
-    middle = min(2.0, top - _HEAD - y - _TITLE)
-    spot = _EDGE + sum(map(sum, _columns_of(section))) + 0.1
-    axes = figure.add_axes((spot / width, (top - _HEAD - _TITLE - middle + 0.1) / height, 0.1 / width, middle / height))
-    bar = figure.colorbar(ScalarMappable(norm, MAP), cax=axes)
+    width, height = size
+    tall = min(2.0, top - _HEAD - y - _TITLE)
+    spot = _EDGE + sum(map(sum, columns)) + 0.1
+    place = (spot / width, (top - _HEAD - _TITLE - tall + 0.1) / height, 0.1 / width, tall / height)
+    bar = axes.figure.colorbar(ScalarMappable(norm, MAP), cax=axes.figure.add_axes(place))
     bar.ax.tick_params(labelsize=7, color=FAINT, labelcolor=INK)
     bar.ax.set_title(section.scale, fontsize=7.5, color=INK, loc="left", pad=5)
     bar.outline.set_visible(False)
 
 
-def _paint_block(axes: Axes, block: Block, norm: Any) -> None:
-    rows, columns = block.values.shape
-    axes.imshow(block.values, aspect="auto", interpolation="none", cmap=MAP, norm=norm)
-    axes.set_title(block.title, fontsize=7.5, color=INK, pad=3, loc="left")
-    step = -(-rows // _NAMED_ROWS)
-    axes.set_yticks(range(0, rows, step) if block.names else [], block.names[::step], fontsize=7, color=INK)
-    axes.set_xticks([])
-    axes.tick_params(length=0, pad=2)
-    axes.spines[:].set_visible(False)
-    axes.set_xlim(-0.5, columns - 0.5)
-    axes.set_ylim(rows - 0.5, -0.5)
-    below = {"fontsize": 6.5, "color": INK, "va": "top", "transform": axes.transAxes}
-    lowest = -0.06 / _block_size(block)[1] * 0.6
-    axes.text(0, lowest, block.columns[0], ha="left", **below)
-    axes.text(1, lowest, block.columns[1], ha="right", **below)
-    ends = {"fontsize": 7, "color": INK, "va": "center", "clip_on": False}
-    wide = _block_size(block)[0]
+def _paint_block(axes: Axes, block: Block, norm: Any, box: tuple[float, float, float, float]) -> None:
+    """One tile in its box: left, bottom, width and height in inches."""
+    left, bottom, wide, high = box
+    rows = len(block.values)
+    extent = (left, left + wide, bottom, bottom + high)
+    axes.imshow(block.values, extent=extent, aspect="auto", interpolation="none", cmap=MAP, norm=norm)
+    axes.text(left, bottom + high + 0.05, block.title, fontsize=7.5, color=INK)
+    for place, text, side in ((left, block.columns[0], "left"), (left + wide, block.columns[1], "right")):
+        if text:
+            axes.text(place, bottom - 0.03, text, fontsize=6.5, color=INK, ha=side, va="top")
+
+    def beside(row: int, text: str, x: float, side: str) -> None:
+        axes.text(
+            x, bottom + high * (1 - (row + 0.5) / rows), text, fontsize=7, color=INK, ha=side, va="center_baseline"
+        )
+
+    for row in range(0, len(block.names), -(-rows // _NAMED_ROWS)):
+        beside(row, block.names[row], left - 0.04, "right")
     for row in block.marked:
-        axes.text(columns - 0.5 + 0.03 * columns / wide, row, "●", **ends)
+        beside(row, "●", left + wide + 0.03, "left")
     for row, text in enumerate(block.ends):
-        axes.text(columns - 0.5 + 0.05 * columns / wide, row, text, **ends)
+        beside(row, text, left + wide + 0.05, "left")

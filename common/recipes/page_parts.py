@@ -42,7 +42,12 @@ def inline_svg(svg: bytes | str, name: str, label: str, *, themed: bool = True) 
     text = svg.decode() if isinstance(svg, bytes) else svg
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)  # styles would leak out
-    text = re.sub(r"""\bid=(["'])""", rf"id=\1{name}-", text)
+    used = set(re.findall(r"""(?:url\(|href=["'])#([^)"']+)""", text))
+
+    def own(match: re.Match[str]) -> str:  # a name that nothing refers to may stand twice in a file
+        return f' id="{name}-{match[2]}"' if match[2] in used else ""
+
+    text = re.sub(r"""\sid=(["'])(.*?)\1""", own, text)
     text = re.sub(r"""url\(#|(?<=href=["'])#""", lambda match: match[0] + f"{name}-", text)
     text = text.replace("'DejaVu Sans'", _FONTS)
     if themed:

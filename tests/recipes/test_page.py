@@ -46,6 +46,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         bits = {"kind": "uniform", "uniform": [wbits, wbits]}
         write_run(found[name], result, config={"wbits": wbits}, architecture=architecture_json(bits=bits))
     write_run(found["going"])
+    config = json.loads((found["search"] / "config.json").read_text())
+    config["config"] |= {"epochs": 7, "note": "<script>alert(1)</script>", "seed": 5}
+    (found["going"] / "config.json").write_text(json.dumps(config))
     for name in ("metrics.csv", "history.jsonl"):  # as a search leaves them in the middle of a line
         (found["going"] / name).write_bytes((found["search"] / name).read_bytes()[:-20])
     return found
@@ -73,6 +76,7 @@ def test_both_stages_leave_their_pictures(runs: dict[str, Path]) -> None:
         assert words in text
 
 
+@pytest.mark.slow
 def test_no_plots_draws_none(tmp_path: Path) -> None:
     from qdarts import search
 
@@ -97,6 +101,7 @@ def test_tensorboard_shows_choices_cells_and_final_figures(runs: dict[str, Path]
     assert "_hparams_/session_end_info" in found.PluginTagToContent("hparams")
 
 
+@pytest.mark.slow
 def test_plots_on_request_are_the_same_again(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     before = {name: (runs["search"] / f"{name}.svg").read_bytes() for name in ("curves", "alphas", "gammas", "bits")}
     for name in before:
@@ -106,6 +111,7 @@ def test_plots_on_request_are_the_same_again(runs: dict[str, Path], capsys: pyte
     assert capsys.readouterr().err.count("wrote ") == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_is_going_can_be_drawn_and_nothing_to_draw_is_said(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,14 +183,8 @@ def test_the_page_is_whole_and_loads_nothing(page: Path, read: Reader) -> None:
 
 def test_the_page_says_what_the_runs_are(read: Reader, runs: dict[str, Path]) -> None:
     words = " ".join(read.words)
-    for part in (
-        "Summary",
-        "Tables",
-        "Environment",
-        "What differs between the trainings",
-        "--wbits",
-        "Accuracy against",
-    ):
+    titles = ("Summary", "Tables", "Environment", "What differs between the trainings", "Accuracy against cost")
+    for part in (*titles, "--wbits", "--note"):
         assert part in words, part
     assert "highest test accuracy 97.2%" in words and "(95%: 95.0 to 98.5)" in words  # Wilson's, of 350 of 360
     assert f"{runs['going']}: not finished" in words and "not finished, in epoch" in words
@@ -209,7 +209,7 @@ def test_every_layer_has_its_bits_and_cost(read: Reader, runs: dict[str, Path]) 
 
 
 def test_damaged_runs_are_told_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path / "good", train_result(), architecture='{"schema": 1}')
+    write_run(tmp_path / "good", train_result(), architecture={"schema": 7})
     (tmp_path / "good" / "metrics.csv").write_bytes(b"\xff\xfe\n")
     write_run(tmp_path / "bad", '{"finished": true, "schema": 1')
     assert report.main([str(tmp_path), "--html", str(tmp_path / "page.html")]) == 1
@@ -263,13 +263,8 @@ def browse(file: Path, *flags: str) -> tuple[str, list[str]]:
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     profile = file.parent / "profile"
-    usual = [
-        "--headless=new",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        f"--user-data-dir={profile}",
-    ]
+    usual = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    usual.append(f"--user-data-dir={profile}")
     if os.geteuid() == 0:
         usual.append("--no-sandbox")
     command = [program, *usual, *flags, "--enable-logging=stderr", "--virtual-time-budget=20000"]
@@ -291,7 +286,7 @@ def brightness(colour: str) -> int:
     return sum(map(int, re.findall(r"\d+", colour)[:3]))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_the_page_in_a_browser_at_desktop_and_phone_width(tmp_path: Path, page: Path, scheme: str) -> None:
     flags = ["--blink-settings=preferredColorScheme=" + {"dark": "0", "light": "1"}[scheme]]
     for name, seen in measured(tmp_path, page, *flags).items():
@@ -301,6 +296,7 @@ def test_the_page_in_a_browser_at_desktop_and_phone_width(tmp_path: Path, page: 
         assert darker == (scheme == "dark"), (name, seen)
 
 
+@pytest.mark.slow
 def test_the_browser_check_sees_what_is_wrong(tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text('<body><main><div style="width:2000px">x</div></main><script>console.error("oh")</script></body>')
