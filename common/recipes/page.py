@@ -72,14 +72,15 @@ def build_page(
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
-    """A short name of each folder: as many last parts of its path as it takes to tell all apart, and two at least."""
-    resolved = {folder: folder.resolve().parts for folder in folders}
-    count = 2
-    while count < max(map(len, resolved.values()), default=0) and len({p[-count:] for p in resolved.values()}) < len(
-        resolved
-    ):
-        count += 1
-    return {folder: "/".join(path[-count:]) for folder, path in resolved.items()}
+    """A short name of each folder: as many last parts of its path as tell it from the others, and two at least."""
+    paths = [folder.resolve().parts for folder in folders]
+    names = {}
+    for folder, path in zip(folders, paths, strict=True):
+        count = 2
+        while count < len(path) and sum(other[-count:] == path[-count:] for other in paths) > 1:
+            count += 1
+        names[folder] = "/".join(path[-count:])
+    return names
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -165,9 +166,9 @@ def _pareto(rows: Sequence[Row]) -> list[str]:
                 body.append(parts.notes([str(error)], "warn"))
                 continue
             caption = f"{kind[0]}: test accuracy with 95% intervals against {COSTS[cost][0]}"
-            shown = parts.figure(picture, caption, f"pareto-{number}-{cost}", wide=500)
+            shown = parts.figure(picture, caption, f"pareto-{number}-{cost}", wide=600)
             body.append(f"<div>{shown}{parts.notes(f'left out: {text}' for text in left_out)}</div>")
-        title, inside = f"Accuracy against cost: {kind[0]}", f'<div class="card pair">{"".join(body)}</div>'
+        title, inside = f"Accuracy against cost: {kind[0]}", f'<div class="card">{"".join(body)}</div>'
         sections.append(parts.section(title, inside, f"pareto-{number}"))
     return sections
 
@@ -182,18 +183,36 @@ def _differences(
         if len(members) < 2:
             continue
         flags = {folder: _flags(configs[folder]) for folder in members}
-        keys = sorted({key for own in flags.values() for key in own} - {*_PLACES})
-        differing = [key for key in keys if len({_shown(own.get(key)) for own in flags.values()}) > 1]
+        keys = sorted({key for own in flags.values() for key in own}.difference(_PLACES, *_volatile(configs, members)))
+        keys = [key for key in keys if not key.endswith("_digest")]  # the flag beside it says what it is of
+        differing = [key for key in keys if _differs(key, [configs[folder] for folder in members])]
         if differing:
-            columns = {"flag": ["--" + key.replace("_", "-") for key in differing]}
-            columns |= {names[folder]: [_shown(flags[folder].get(key)) for key in differing] for folder in members}
-            body = parts.table(columns, left=columns)
-            body += parts.notes([f"{len(keys) - len(differing)} further flags are the same in all of them."])
+            shown = {"flag": [f"<code class=flag>--{escape(key.replace('_', '-'))}</code>" for key in differing]}
+            columns = shown | {names[f]: [_shown(flags[f].get(key)) for key in differing] for f in members}
+            body = parts.table(columns, left=columns, raw=["flag"])
+            body += parts.notes(
+                [f"{len(keys) - len(differing)} further flags that matter are the same in all of them."]
+            )
         else:
-            body = parts.notes(["All their flags are the same."])
+            body = parts.notes(["All the flags that matter are the same."])
         name = f"differences-{stage}"
         sections.append(parts.section(f"What differs between the {title}", f'<div class="card">{body}</div>', name))
     return sections
+
+
+def _volatile(configs: Mapping[Path, Mapping[str, Any]], members: Sequence[Path]) -> list[list[str]]:
+    """Each run's flags that never change what it computes, as its config.json says them."""
+    found = [configs[folder].get("volatile") for folder in members]
+    return [names for names in found if isinstance(names, list)]
+
+
+def _differs(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the runs that have a flag have it at several values, or only some have it and somebody set it."""
+    having = [config for config in configs if key in _flags(config)]
+    if len({_shown(_flags(config)[key]) for config in having}) > 1:
+        return True
+    sources = [config["sources"].get(key) for config in having if isinstance(config.get("sources"), dict)]
+    return len(having) < len(configs) and "flag" in sources
 
 
 def _shown(value: Any) -> str:

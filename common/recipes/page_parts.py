@@ -18,6 +18,7 @@ _THEMED = {
     "#edeff2": "rule",
     "#ffffff": "card",
 }
+_SHORT = 26  # letters of a cell that stays on one line
 _FONTS = "'DejaVu Sans', Verdana, sans-serif"
 
 
@@ -68,12 +69,18 @@ def _themed(colour: str) -> str:
 def table(columns: Mapping[str, Sequence[str]], *, left: Iterable[str] = (), raw: Iterable[str] = ()) -> str:
     """Columns of equal length as a table that scrolls where it does not fit. `raw` columns are HTML already."""
     left, raw = set(left), set(raw)
-    side = {name: "" if name in left else ' class="n"' for name in columns}
-    head = "".join(f'<th scope="col"{side[name]}>{escape(name)}</th>' for name in columns)
+
+    def kind(name: str, cell: str) -> str:
+        long = len(re.sub(r"<[^>]*>", "", cell)) > _SHORT
+        return ("long" if long else "short") if name in left else "n"
+
+    head = "".join(f'<th scope="col" class="{kind(name, name)}">{escape(name)}</th>' for name in columns)
     lines = []
     for cells in zip(*columns.values(), strict=True):
-        shown = [cell if name in raw else escape(cell) for name, cell in zip(columns, cells, strict=True)]
-        lines.append("".join(f"<td{side[name]}>{cell}</td>" for name, cell in zip(columns, shown, strict=True)))
+        line = [
+            (kind(name, cell), cell if name in raw else escape(cell)) for name, cell in zip(columns, cells, strict=True)
+        ]
+        lines.append("".join(f'<td class="{name}">{cell}</td>' for name, cell in line))
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="table"><table><thead><tr>{head}</tr></thead>'
@@ -135,7 +142,7 @@ table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabu
 th, td { padding: 4px 10px; text-align: left; vertical-align: top; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
 th { color: var(--muted); font-weight: 600; } .n { text-align: right; }
-td:not(.n) { white-space: normal; min-width: 8em; max-width: 22em; overflow-wrap: break-word; }
+.long { white-space: normal; min-width: 14em; max-width: 24em; overflow-wrap: break-word; }
 .note { color: var(--muted); font-size: .84rem; overflow-wrap: anywhere; } .warn { color: var(--warn); }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)); gap: 6px 18px;
   margin: .6em 0; }
@@ -146,17 +153,18 @@ figure { margin: 10px 0; min-width: 0; } figcaption { color: var(--muted); font-
 .plot.paper { color: #1f2937; } .plot.paper .scroll { background: #ffffff; border-radius: 6px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); gap: 4px 18px; }
 .panels figcaption { display: none; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); gap: 4px 18px; }
 .bits { display: inline-block; min-width: 2em; padding: 0 5px; border-radius: 3px; text-align: center; }
 .bar { display: inline-block; height: .75em; min-width: 1px; background: var(--bar); vertical-align: baseline; }
 .share { display: inline-block; width: 90px; text-align: left; }
 code { font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .86em; overflow-wrap: anywhere; }
+.flag { white-space: nowrap; }
 summary { cursor: pointer; padding: 4px 0; }
 @media (max-width: 520px) { main { padding: 8px; } section.run, .card { padding: 8px 10px; } }
 @media print {
   body { background: none; font-size: 10.5pt; } main { max-width: none; padding: 0; } nav { display: none; }
   .scroll { overflow: visible; } .scroll > div { min-width: 0 !important; }
-  table { font-size: 7.5pt; } th, td { padding: 2px 4px; white-space: normal; }
+  table { font-size: 7.5pt; } th, td { padding: 2px 4px; white-space: normal; overflow-wrap: anywhere; }
+  .long { min-width: 0; }
   figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   section.run { border: 0; padding: 0; break-before: page; }
   details::details-content { content-visibility: visible; height: auto; }
