@@ -141,7 +141,7 @@ def test_a_run_that_is_still_going_is_drawn_as_far_as_it_is_written(
     assert "history.jsonl: its last line is half written and left out" in said.err
     assert "run: has no architecture.json yet; drawn as after its epoch 2" in said.err
     texts = svg_texts(folder / "cells.svg")
-    assert "run, after epoch 2" in texts and any("softmax" in text for text in texts)
+    assert f"{here.name}/run, after epoch 2" in texts and any("softmax" in text for text in texts)
     for kind in KINDS:
         for operation, _ in epoch(1)["genotype"][kind]:
             assert operation in texts
@@ -239,7 +239,7 @@ def test_grown_of_a_run_and_of_a_name(here: Path) -> None:
     write_search(here / "run", [epoch(0)], eval_layers=4)
     assert run("--grown", "run", "--format", "svg") == 0
     texts = svg_texts("run/grown.svg")
-    assert "run, after epoch 1" in texts and texts.count("searched") == 1
+    assert f"{here.name}/run, after epoch 1" in texts and texts.count("searched") == 1
     assert [f"{k}  {kind}" in texts for k, kind in enumerate(("normal", "reduction", "reduction", "normal"))] == [
         True
     ] * 4

@@ -60,6 +60,7 @@ def page(width: float, height: float) -> Iterator[Axes]:
 
     # text stays text in SVG, and nothing in the file depends on the clock or on chance
     settings = {"svg.fonttype": "none", "svg.hashsalt": "cells", "font.family": ["DejaVu Sans"], "pdf.fonttype": 42}
+    settings |= {"text.hinting": "no_hinting"}  # hinted letters are wider at few dots an inch, and labels would not fit
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
         FigureCanvasAgg(figure)

@@ -74,7 +74,7 @@ def _open_run(run: Path) -> Target:
     """A run: its architecture.json or, before there is one, what its last whole epoch would give."""
     notes: list[str] = []
     choice = _last_choice(run, notes)
-    name = run.resolve().name
+    name = "/".join(run.resolve().parts[-2:])
     if (run / "architecture.json").is_file():
         architecture = load_architecture(run)
         title = architecture.name or name
