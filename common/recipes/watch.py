@@ -185,7 +185,8 @@ def _progress(state: State) -> list[RenderableType]:
     from rich.text import Text
 
     of = f" of {state.epochs}" if state.epochs else ""
-    words = [f"{state.done}{of} epochs", f"{100 * state.share:.0f}%"]
+    words = [f"{state.done}{of} epochs"] if state.epochs or state.done else []  # quantising after training has none
+    words.append(f"{100 * state.share:.0f}%")
     each, left = state.seconds_per_epoch, state.seconds_left
     words += [f"{duration(each)} an epoch"] if each is not None else []
     words += [f"{duration(left)} left"] if left is not None and state.held is not False else []
