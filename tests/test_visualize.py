@@ -195,7 +195,10 @@ def test_margins_are_not_those_of_other_cells_or_columns(here: Path) -> None:
     gone = epoch(0)
     gone["alphas"] = None
     write_search(here / "gone", [gone])
-    for name in ("other", "short", "gone"):
+    unnamed = epoch(0)
+    unnamed["primitives"][3] = ["skip_connect"]
+    write_search(here / "unnamed", [unnamed])
+    for name in ("other", "short", "gone", "unnamed"):
         assert run(name, "--format", "svg") == 0
         assert not any("softmax" in text for text in svg_texts(here / name / "cells.svg")), name
         assert run(name, "--confidence", "--format", "svg") == 1

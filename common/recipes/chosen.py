@@ -56,7 +56,8 @@ def margins_of(row: Mapping[str, Any], architecture: Architecture) -> Margins | 
     """
     tables = row.get("alphas")
     primitives = row.get("primitives") or PRIMITIVES
-    if not isinstance(tables, Mapping):
+    named = isinstance(primitives, list | tuple) and all(isinstance(name, str) for name in primitives)
+    if not isinstance(tables, Mapping) or not named:
         return None
     found = {}
     for kind in ("normal", "reduce"):

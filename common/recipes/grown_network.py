@@ -31,6 +31,7 @@ _ARGUMENTS = (
     *("weight_quantizer", "activation_quantizer", "signed_activations"),
 )
 _MICRO_ARGUMENTS = ("in_channels", "num_classes", "out_filters", "layers", "image_size", "layer_bits", "compat")
+_MOST = 10_000  # cells or channels: more is a damaged file
 _PIXELS = {"cifar": 32, "imagenet": 224}
 
 
@@ -104,7 +105,7 @@ def _size(target: Target, layers: int | None) -> tuple[dict[str, Any], int, bool
         build = {name: done[name] for name in names if name in done}
         pixels: Any = done.get("image_size")
     else:
-        build, pixels = _from_flags(flags, darts)
+        build, pixels = _from_flags(flags, darts, target)
     if layers is not None:
         build["layers"] = layers
     known = isinstance(pixels, int)
@@ -127,12 +128,14 @@ def _trained(target: Target) -> dict[str, Any]:
     return dict(network) if isinstance(network, dict) else {}
 
 
-def _from_flags(flags: Mapping[str, Any], darts: bool) -> tuple[dict[str, Any], Any]:
+def _from_flags(flags: Mapping[str, Any], darts: bool, target: Target) -> tuple[dict[str, Any], Any]:
     """The same of a search or an unfinished training by its flags; what they do not say is the papers'."""
 
-    def said(name: str) -> Any:
-        found = flags.get(f"eval_{name}")
-        return found or flags.get(name) or _DEFAULTS[name]
+    def said(name: str) -> int:
+        found = flags.get(f"eval_{name}") or flags.get(name) or _DEFAULTS[name]
+        if type(found) is not int or not 1 <= found <= _MOST:
+            raise ValueError(f"{target.run}/config.json: {name} is {found!r}, no size of a network; name another run")
+        return found
 
     channels, usual, classes = SHAPES.get(str(flags.get("dataset")), (3, None, 10))
     pixels = flags.get("image_size") or usual or (None if flags else _PIXELS["cifar"])
@@ -140,7 +143,7 @@ def _from_flags(flags: Mapping[str, Any], darts: bool) -> tuple[dict[str, Any], 
     if darts:
         stem = flags.get("stem")
         found = "imagenet" if isinstance(pixels, int) and pixels >= 128 else "cifar"
-        build |= {"init_channels": said("init_channels"), "stem": stem if stem in _PIXELS else found}
+        build |= {"init_channels": said("init_channels"), "stem": stem if stem in tuple(_PIXELS) else found}
         build |= {name: flags[name] for name in ("stem_bits", "classifier_bits", "scheme") if flags.get(name)}
     else:
         build["out_filters"] = said("out_filters")

@@ -179,6 +179,9 @@ def test_what_cannot_be_grown_says_why(searched: Target, tmp_path: Path) -> None
         grow(open_target(str(folder)), mapping="paper")
     with pytest.raises(ValueError, match="picture format gif"):
         draw_grown(grow(searched), tmp_path / "x", formats=["gif"], title="x")
+    damaged = write_search(tmp_path / "damaged", [epoch(0)], eval_layers="8")
+    with pytest.raises(ValueError, match="config.json: layers is '8', no size of a network"):
+        grow(open_target(str(damaged)))
     layers = {"cells.0.preprocess0.op.1": [2, 2]}
     data = architecture_json("layers", bits={"kind": "layers", "layers": layers})
     (tmp_path / "layers.json").write_text(json.dumps(data))
