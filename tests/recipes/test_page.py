@@ -124,6 +124,36 @@ def test_a_run_that_is_going_can_be_drawn_and_nothing_to_draw_is_said(
     assert "history.jsonl: line 2 is not JSON" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_resumed_search_keeps_the_columns_of_its_older_version_and_shows_each_epoch_once(tmp_path: Path) -> None:
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from common.recipes.flags import resolve_search, search_parser
+    from common.recipes.search import run_search
+    from qdarts import search
+
+    class Killed(Exception):
+        pass
+
+    def killed(step: int) -> None:
+        if step == 2:  # the first of the second epoch, a step each
+            raise Killed
+
+    run = tmp_path / "run"
+    flags = [*SMOKE, "--epochs", "3", "--save", str(run)]
+    with pytest.raises(Killed):
+        run_search(resolve_search(search_parser("search.py", ""), flags), method="qdarts", on_step=killed)
+    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    kept = [k for k, name in enumerate(lines[0]) if name not in ("gamma_learning_rate", "arch_learning_rate")]
+    assert len(kept) == len(lines[0]) - 2
+    (run / "metrics.csv").write_text("".join(",".join(line[k] for k in kept) + "\n" for line in lines))
+    assert search.main([*flags, "--resume", "auto"]) == 0
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 4 and "gamma_learning_rate" not in rows[0]
+    found = module.EventAccumulator(str(run / "tensorboard"), purge_orphaned_data=False).Reload()
+    assert [event.step for event in found.Images("cells")] == [1, 2, 3]
+    assert [event.step for event in found.Scalars("train_loss")] == [1, 2, 3]
+
+
 # ------------------------------------------------------------------------------------------------------ the page
 
 
