@@ -76,6 +76,25 @@ def test_pictures_and_numbers_stand_once_each_in_order(tmp_path: Path, crash: bo
     assert [(e.step, e.value) for e in found.Scalars("final/top1")] == [(40, 0.5)]
 
 
+def test_a_tensorboard_that_watches_forgets_what_was_lost(tmp_path: Path) -> None:
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = begin(tmp_path / "run")
+    one_epoch(run, 0)
+    run.checkpoints.save({"x": torch.zeros(1)}, step=10, epoch=1)
+    one_epoch(run, 1)
+    run.close()
+    watching = module.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in watching.Scalars("loss")] == [10, 20]
+    with begin(tmp_path / "run", resume="auto") as run:
+        one_epoch(run, 1)
+        run.finish({})
+    assert [event.step for event in watching.Reload().Scalars("loss")] == [10, 20]
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader").EventFileLoader
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    began = [event.step for event in loader(str(file)).Load() if event.session_log.status == event.session_log.START]
+    assert began == [0]  # from which step on to forget
+
+
 def test_the_table_has_the_flags_that_matter_and_the_final_figures(tmp_path: Path) -> None:
     plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
     run = begin(tmp_path / "run")
