@@ -97,7 +97,7 @@ def read_film(run: Path) -> Film:
     """A search's history, as far as it is written. Raises ValueError naming the file, the reason and the cure."""
     history = read_history(run)
     notes = [f"{run / 'history.jsonl'}: its last line is half written and left out"] if history.torn else []
-    every = -(-len(history.rows) // MAX_FRAMES)
+    every = max(1, -(-(len(history.rows) - 1) // (MAX_FRAMES - 1)))
     rows = [*history.rows[:-1:every], history.rows[-1]]
     if every > 1:
         notes.append(f"{len(history.rows)} epochs: {len(rows)} of them are shown")

@@ -41,6 +41,8 @@ from common.recipes.cell_style import (
     spline,
 )
 
+_THICK = 1.6  # points: from here on an arrow's head is painted apart from its line
+
 
 def paint(drawing: Drawing, form: str) -> bytes:
     """The drawing as svg, png or pdf. Needs the package graphviz and its `dot` program."""
@@ -144,6 +146,11 @@ def _line(graph: Any, line: Line, drawing: Drawing) -> None:
     height, colours = drawing.height, line_colours(line, drawing)
     pos = f"e,{_at(tip, height)} " + " ".join(_at(point, height) for point in curve)
     how = {"pos": pos, "color": colours[0], "penwidth": f"{line_width(line):.2f}", "arrowsize": "0.7"}
+    if (
+        line_width(line) > _THICK
+    ):  # dot paints the head's rim as thick as its line: such a head would reach into the node
+        how |= {"arrowhead": "none"}
+        _head(graph, line, curve[-1], tip, colours[0], height)
     if line.edge is None or line.tag is None:
         graph.edge(line.tail, line.head, **how)
         return
@@ -157,3 +164,13 @@ def _line(graph: Any, line: Line, drawing: Drawing) -> None:
         graph.edge(line.tail, line.head, **how)
         how |= {"color": colour, "style": "dashed", "arrowhead": "none"}
     graph.edge(line.tail, line.head, label=label, lp=_at((line.tag.x, line.tag.y), height), **tooltip, **how)
+
+
+def _head(
+    graph: Any, line: Line, base: tuple[float, float], tip: tuple[float, float], colour: str, height: float
+) -> None:
+    """An arrow's head alone, at the end of a short thin line."""
+    start = tuple(2.2 * b - 1.2 * t for b, t in zip(base, tip, strict=True))
+    ends = [tuple(s + (b - s) * share for s, b in zip(start, base, strict=True)) for share in (0, 0.33, 0.67, 1)]
+    pos = f"e,{_at(tip, height)} " + " ".join(_at(point, height) for point in ends)
+    graph.edge(line.tail, line.head, pos=pos, color=colour, penwidth="1", arrowsize="0.8")

@@ -150,7 +150,7 @@ def _put_line(axes: Axes, line: Line, colours: Sequence[str]) -> None:
     for colour in colours[1:]:  # two colours: the second as dashes on the first
         put_curve(axes, curve, colour, width, style=(0, (4, 4)))
     dx, dy = (tip[0] - curve[-1][0]) / ARROW, (tip[1] - curve[-1][1]) / ARROW
-    half = max(2.5, 0.5 * width + 1)
+    half = max(2.5, 0.5 * width + 1.7)
     wings = [(curve[-1][0] - side * dy * half, curve[-1][1] + side * dx * half) for side in (-1, 1)]
     axes.add_patch(Polygon([tip, *wings], closed=True, facecolor=colours[0], edgecolor="none"))
     if line.edge is not None and line.tag is not None:

@@ -90,6 +90,21 @@ def _operations(drawing: Drawing) -> dict[tuple[str, str], float]:
     return {(line.tail, line.head): line.tag.x for line in drawing.lines if line.tag}
 
 
+def test_the_legend_names_the_bits_of_all_epochs(tmp_path: Path) -> None:
+    """It would come and go otherwise, and the picture with it."""
+    rows = [epoch(0), epoch(0)]
+    for number, row in enumerate(rows):
+        row["epoch"], row["alphas"] = number, row["alphas"] if number else None
+        for cell in row["bits"]["cells"]:
+            for place in ("preprocess0", "preprocess1"):
+                cell[place] = [2 + 2 * number] * 2
+            cell["operations"] = [pair and [2 + 2 * number] * 2 for pair in cell["operations"]]
+    drawings = animation.lay_out_film(animation.read_film(write_search(tmp_path / "run", rows)))
+    for drawing in drawings:
+        assert {"2 bits", "4 bits"} <= {text for text, _ in drawing.legend}
+        assert drawing.widths and drawing.height == drawings[0].height
+
+
 def test_every_frame_says_its_epoch_and_figures(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[set[str]] = []
     put = animation.painter.put_text
@@ -194,10 +209,11 @@ def test_a_search_that_samples_shows_the_best_of_each_epoch(tmp_path: Path) -> N
 
 def test_long_searches_are_thinned_to_a_film_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(animation, "MAX_FRAMES", 5)
-    folder = write_search(tmp_path / "run", [sampled_epoch(n) for n in range(13)])
-    film = animation.read_film(folder)
-    assert [choice.epoch for choice in film.choices] == [0, 3, 6, 9, 12]
-    assert film.notes == ("13 epochs: 5 of them are shown",)
+    for count, shown in ((13, [0, 3, 6, 9, 12]), (14, [0, 4, 8, 12, 13]), (5, [0, 1, 2, 3, 4])):
+        folder = write_search(tmp_path / f"run{count}", [sampled_epoch(n) for n in range(count)])
+        film = animation.read_film(folder)
+        assert [choice.epoch for choice in film.choices] == shown
+        assert film.notes == ((f"{count} epochs: 5 of them are shown",) if count > 5 else ())
 
 
 def test_parts_can_be_left_out(run: Path) -> None:

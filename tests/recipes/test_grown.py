@@ -64,8 +64,12 @@ def test_the_cost_is_that_of_the_network(searched: Target) -> None:
     build = {"in_channels": 1, "num_classes": 10, "init_channels": 4, "stem": "cifar"}
     for layers in (5, 20):
         grown = grow(searched, layers=layers)
-        assert grown.bitops == architecture_cost(searched.architecture, 16, layers=layers, **build).bitops
-        assert sum(cell.bitops for cell in grown.cells) < grown.bitops and len(grown.cells) == layers
+        cost = architecture_cost(searched.architecture, 16, layers=layers, **build)
+        assert grown.bitops == cost.bitops and len(grown.cells) == layers
+        by_cell = Counter()
+        for layer in cost.layers:
+            by_cell[layer.name.split(".")[1] if layer.name.startswith("cells.") else "ends"] += layer.bitops
+        assert {str(cell.index): cell.bitops for cell in grown.cells} | {"ends": by_cell["ends"]} == by_cell
 
 
 def test_the_svg_says_every_cell_and_bit(searched: Target, tmp_path: Path) -> None:
@@ -169,6 +173,14 @@ def test_micro_cells_show_their_types(tmp_path: Path) -> None:
     said = texts(svg)
     assert said.count("sep_conv_5x5") == 2 * 3 and said.count("identity") == 1
     assert sum("kbit4" in text for text in said) == 1 and "other bits" in said
+
+
+def test_the_tenth_operation_is_not_the_first() -> None:
+    """Six blocks: their second operation has no weights, the eleventh and twelfth have."""
+    cells = "0 2 1 2 " + "0 2 0 2 " * 4 + "0 0 1 1"
+    grown = grow(open_target(f"{cells} {cells}"), layers=2)
+    for cell in grown.cells:
+        assert [bool(bits) for _, _, bits in cell.operations] == [False] * 10 + [True] * 2
 
 
 def test_what_cannot_be_grown_says_why(searched: Target, tmp_path: Path) -> None:
