@@ -141,7 +141,7 @@ def test_a_run_that_is_still_going_is_drawn_as_far_as_it_is_written(
     assert "history.jsonl: its last line is half written and left out" in said.err
     assert "run: has no architecture.json yet; drawn as after its epoch 2" in said.err
     texts = svg_texts(folder / "cells.svg")
-    assert f"{here.name}/run, after epoch 2" in texts and any("softmax" in text for text in texts)
+    assert f"{here.name}/run, after epoch 2" in texts and any("in the softmax:" in text for text in texts)
     for kind in KINDS:
         for operation, _ in epoch(1)["genotype"][kind]:
             assert operation in texts
@@ -180,7 +180,7 @@ def test_confidence_is_the_softmax_margin_of_the_last_epoch(here: Path, capsys: 
             first += node + 2
     assert run("run", "--no-confidence", "--no-bits", "--format", "svg", "--out", "plain.svg") == 0
     plain = svg_texts("plain.svg")
-    assert not any("softmax" in text or re.fullmatch(r"[wa]\d", text) for text in plain)
+    assert not any("in the softmax:" in text or re.fullmatch(r"[wa]\d", text) for text in plain)
     assert run("PC_DARTS", "--confidence") == 1
     assert "--confidence: PC_DARTS_cifar has no softmax" in capsys.readouterr().err
 
@@ -200,7 +200,7 @@ def test_margins_are_not_those_of_other_cells_or_columns(here: Path) -> None:
     write_search(here / "unnamed", [unnamed])
     for name in ("other", "short", "gone", "unnamed"):
         assert run(name, "--format", "svg") == 0
-        assert not any("softmax" in text for text in svg_texts(here / name / "cells.svg")), name
+        assert not any("in the softmax:" in text for text in svg_texts(here / name / "cells.svg")), name
         assert run(name, "--confidence", "--format", "svg") == 1
 
 

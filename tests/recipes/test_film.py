@@ -17,6 +17,7 @@ from PIL import Image
 from common.recipes import animation
 from common.recipes.cell_layout import Drawing
 from common.recipes.cell_style import BIT_COLOURS
+from tests.helpers.drawings import assert_nothing_is_cut_or_covered
 from tests.helpers.fake_history import epoch, sampled_epoch, write_search
 
 EPOCHS = 4
@@ -64,9 +65,10 @@ def test_frames_are_not_blank_and_have_the_bits_colours(gif: Path) -> None:
             assert (abs(frame - colour).max(axis=2) < 8).sum() > 200
 
 
-def test_only_the_choices_move(run: Path) -> None:
+def test_only_the_choices_move(tmp_path: Path) -> None:
     """All frames have the same nodes and labels' places; an operation of two epochs in a row keeps its side."""
-    drawings = animation.lay_out_film(animation.read_film(run))
+    search = write_search(tmp_path / "search", [epoch(n) for n in range(12)])
+    drawings = animation.lay_out_film(animation.read_film(search))
     first = drawings[0]
     moved = 0
     for drawing in drawings[1:]:
@@ -76,6 +78,8 @@ def test_only_the_choices_move(run: Path) -> None:
         assert sorted(_places(drawing)) == sorted(_places(first))
         moved += _operations(drawing) != _operations(first)
     assert moved
+    for drawing in drawings:  # there is room for the lines of every epoch
+        assert_nothing_is_cut_or_covered(drawing)
     for before, after in itertools.pairwise(drawings):
         kept = _operations(before).keys() & _operations(after).keys()
         assert all(_operations(before)[key] == _operations(after)[key] for key in kept)

@@ -18,8 +18,9 @@ import torch
 from common.nets.architecture import Architecture, BitPolicy, CellBits, needs_bits
 from common.nets.enas_space import SPACE, parse_cells, random_cells
 from common.recipes import cell_layout, cell_style, pictures
-from common.recipes.cell_layout import LETTER_WIDTH, Box, Drawing, Line, rounded
+from common.recipes.cell_layout import LETTER_WIDTH, Box, Drawing, rounded
 from genotypes import GENOTYPES, Genotype
+from tests.helpers.drawings import apart, assert_nothing_is_cut_or_covered, inside, segments
 
 DOT = pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz' dot")
 PAINTERS = [pytest.param("graphviz", marks=DOT), "matplotlib"]
@@ -47,28 +48,6 @@ def searched(genotype: Genotype) -> Architecture:
     return Architecture(genotype, BitPolicy(cells=tuple(cells)), name="searched")
 
 
-def inside(inner: Box, outer: Box) -> bool:
-    return (
-        abs(inner.x - outer.x) + inner.width / 2 <= outer.width / 2 + 1e-9
-        and abs(inner.y - outer.y) + inner.height / 2 <= outer.height / 2 + 1e-9
-    )
-
-
-def apart(one: Box, other: Box, gap: float = 0.0) -> bool:
-    return (
-        abs(one.x - other.x) >= (one.width + other.width) / 2 + gap
-        or abs(one.y - other.y) >= (one.height + other.height) / 2 + gap
-    )
-
-
-def segments(line: Line) -> list[Box]:
-    """A line's straight parts as boxes without width."""
-    return [
-        Box((a[0] + b[0]) / 2, (a[1] + b[1]) / 2, abs(a[0] - b[0]), abs(a[1] - b[1]))
-        for a, b in itertools.pairwise(line.points)
-    ]
-
-
 def layouts() -> list[Drawing]:
     found = []
     for genotype in [*GENOTYPES.values(), TWO_NODES]:
@@ -85,19 +64,7 @@ def layouts() -> list[Drawing]:
 
 def test_nothing_is_cut_and_nothing_covers_a_label() -> None:
     for drawing in layouts():
-        canvas = Box(drawing.width / 2, drawing.height / 2, drawing.width, drawing.height)
-        assert all(inside(frame.box, canvas) for frame in drawing.frames)
-        tags = [line.tag for line in drawing.lines if line.tag is not None]
-        boxes = [node.box for node in drawing.nodes] + tags
-        for box in boxes + [part for line in drawing.lines for part in segments(line)]:
-            assert any(inside(box, frame.box) for frame in drawing.frames)
-        for one, other in itertools.combinations(boxes, 2):
-            assert apart(one, other, 3.0)
-        for line in drawing.lines:
-            others = [tag for tag in tags if tag is not line.tag]
-            assert all(apart(part, tag, 3.0) for part in segments(line) for tag in others)
-            around = [node.box for node in drawing.nodes if node.name not in (line.tail, line.head)]
-            assert all(apart(part, box, 3.0) for part in segments(line) for box in around)
+        assert_nothing_is_cut_or_covered(drawing)
 
 
 def test_operations_never_run_on_top_of_each_other() -> None:
