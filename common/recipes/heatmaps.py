@@ -65,10 +65,16 @@ class Section:
 def heat_maps(folder: Path, form: str = "svg") -> dict[str, bytes]:
     """The maps that a run's history has, by name (`alphas`, `gammas`, `bits`), as files of `form` svg, png or pdf.
 
-    Empty for a history without choices (a training). Raises ValueError as `read_history`.
+    Empty for a history without choices (a training). Raises ValueError as `read_history`, and for choices that are
+    none.
     """
-    found = {}
-    for name, sections in _maps(read_history(folder).rows).items():
+    found, rows = {}, read_history(folder).rows
+    try:
+        maps = _maps(rows)
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
+        file = folder / "history.jsonl"
+        raise ValueError(f"{file}: its choices cannot be read ({error}); the file is damaged") from None
+    for name, sections in maps.items():
         with _painted(sections) as figure:
             found[name] = saved(figure, form)
     return found

@@ -7,6 +7,7 @@ still be written to; what cannot be read or drawn is said in its place.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -233,7 +234,8 @@ def _environment(
         device = config.get("device") if isinstance(config.get("device"), dict) else {}
         commit = str(git.get("commit") or "-")[:10] + (" with changes" if git.get("dirty") else "")
         software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        hardware = ", ".join(device.get("cuda") or [str(device.get("cpu") or record.device or "-")])
+        gpus = device.get("cuda") if isinstance(device.get("cuda"), list) else []
+        hardware = ", ".join(map(str, gpus)) or str(device.get("cpu") or record.device or "-")
         threads = str(device.get("threads") or "-")
         found.setdefault((commit, software or "-", hardware, threads), []).append(names[record.folder])
     titles = ("commit", "software", "device", "threads")
@@ -267,7 +269,7 @@ def _run(record: Record, name: str, anchor: str, config: Mapping[str, Any], cost
 
 
 def _facts(record: Record, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    numbers = {name: value for name, value in record.numbers.items() if value is not None}
+    numbers = {name: value for name, value in record.numbers.items() if value is not None and math.isfinite(value)}
     seconds = numbers.get("train_seconds") or numbers.get("search_seconds")
     if record.stage == "search":
         seconds = numbers.get("search_seconds")
@@ -278,6 +280,7 @@ def _facts(record: Record, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     bitops = numbers.get("bitops") or numbers.get("exact_bitops")
     quantised = numbers.get("bitops_quantized") or numbers.get("exact_bitops_quantized")
     memory = numbers.get("weight_bytes")
+    sessions = len(config["sessions"]) if isinstance(config.get("sessions"), list) else 0
     return [
         ("state", "finished" if record.finished else f"not finished, {record.progress}"),
         ("run", f"{record.stage} by {record.method}, {record.dataset}, seed {record.seed}"),
@@ -292,7 +295,7 @@ def _facts(record: Record, config: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("size", ", ".join(sizes)),
         ("device", record.device),
         ("folder", str(record.folder)),
-        ("sessions", str(len(config["sessions"])) if len(config.get("sessions") or ()) > 1 else ""),
+        ("sessions", str(sessions) if sessions > 1 else ""),
     ]
 
 

@@ -191,7 +191,9 @@ def _progress(state: State) -> list[RenderableType]:
     words += [f"{duration(each)} an epoch"] if each is not None else []
     words += [f"{duration(left)} left"] if left is not None and state.held is not False else []
     if state.finished:
-        words.append(f"finished after {duration(float(state.result.get('seconds') or 0))}")
+        seconds = state.result.get("seconds")
+        known = isinstance(seconds, int | float) and math.isfinite(seconds)
+        words.append("finished" + (f" after {duration(seconds)}" if known else ""))
     elif state.held is False:
         words.append("stopped")
     bar = Table.grid(expand=True)  # alone, a bar ends no line

@@ -186,6 +186,22 @@ def test_a_training_has_no_choices(tmp_path: Path) -> None:
     assert heat_maps(written(tmp_path, [{"epoch": 0, "train_loss": 1.0}])) == {}
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"alphas": {"normal": [["x"]]}},
+        {"alphas": {"normal": [[0.1], [0.1, 0.2]]}},
+        {"genotype": {"normal": [3]}},
+        {"gammas_by_place": {"normal_weight": "no"}},
+        {"bits": {"kind": "cells", "cells": [3]}},
+        {"bits": {"kind": "layers", "layers": {"cells.0.x": None}}},
+    ],
+)
+def test_damaged_choices_name_the_file(tmp_path: Path, damage: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"history.jsonl: its choices cannot be read .* the file is damaged"):
+        heat_maps(written(tmp_path, [history_row(0, **damage)]))
+
+
 def test_an_epoch_as_pixels(tmp_path: Path) -> None:
     found = choice_images(history_row(6))
     assert list(found) == ["alphas", "gammas"]

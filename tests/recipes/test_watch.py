@@ -83,6 +83,8 @@ def test_before_the_first_epoch_and_after_the_last(tmp_path: Path) -> None:
     write_run(tmp_path / "old", search_result(), architecture=architecture_json())
     text = shown(tmp_path / "old")
     assert "100%" in text and "finished after 2 min" in text and "left" not in text
+    write_run(tmp_path / "odd", search_result(seconds=float("inf")))
+    assert "finished" in shown(tmp_path / "odd")
 
 
 def test_a_training_shows_its_network_and_cells(tmp_path: Path) -> None:
