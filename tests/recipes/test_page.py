@@ -48,6 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_run(found["going"])
     config = json.loads((found["search"] / "config.json").read_text())
     config["config"] |= {"epochs": 7, "note": "<script>alert(1)</script>", "seed": 5}
+    config["sources"]["note"] = "flag"
     (found["going"] / "config.json").write_text(json.dumps(config))
     for name in ("metrics.csv", "history.jsonl"):  # as a search leaves them in the middle of a line
         (found["going"] / name).write_bytes((found["search"] / name).read_bytes()[:-20])
