@@ -111,6 +111,7 @@ def put_drawing(axes: Axes, drawing: Drawing) -> None:
 
 
 def put_box(axes: Axes, box: Box, fill: str, rim: str, radius: float) -> None:
+    """A box with rounded corners of that radius."""
     from matplotlib.patches import FancyBboxPatch
 
     corner = (box.x - box.width / 2, box.y - box.height / 2)
@@ -128,6 +129,7 @@ def _put_node(axes: Axes, node: Node) -> None:
 
 
 def put_text(axes: Axes, x: float, y: float, text: str, size: float, **how: Any) -> None:
+    """A text around (x, y), as it stands: no mathematics in it. `how`: matplotlib's own properties."""
     settings = {"ha": "center", "va": "center_baseline", "color": INK, "parse_math": False, **how}
     axes.text(x, y, text, fontsize=size, **settings)
 
