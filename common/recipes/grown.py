@@ -90,8 +90,11 @@ class _Picture:
         return drawing
 
     def _size_text(self) -> str:
-        total = f"; {_amount(self.grown.bitops)} BitOps in all" if self.grown.pixels_known else ""
-        return self.grown.text + total
+        if not self.grown.pixels_known:
+            return self.grown.text
+        cells = f"{_amount(sum(cell.bitops for cell in self.grown.cells))} BitOps in its cells"
+        whole = "" if self.grown.bitops is None else f", {_amount(self.grown.bitops)} in all"
+        return f"{self.grown.text}; {cells}{whole}"
 
     def _row_y(self, index: int) -> float:
         """The middle of a cell's row; behind the last one the classifier's."""

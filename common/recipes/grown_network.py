@@ -31,6 +31,7 @@ _ARGUMENTS = (
     *("weight_quantizer", "activation_quantizer", "signed_activations"),
 )
 _MICRO_ARGUMENTS = ("in_channels", "num_classes", "out_filters", "layers", "image_size", "layer_bits", "compat")
+_CLASSES = 10  # where nobody says how many there are, and nothing that is shown depends on it
 _MOST = 10_000  # cells or channels: more is a damaged file
 _PIXELS = {"cifar": 32, "imagenet": 224}
 
@@ -65,7 +66,8 @@ class Grown:
     pixels: int
     pixels_known: bool
     """False: nothing says how large the images are, and the sizes are those of a usual one."""
-    bitops: int
+    bitops: int | None
+    """Of all layers, stem and classifier too; None: nothing says how many classes there are."""
     text: str
     """Its size, and where that comes from."""
 
@@ -85,12 +87,15 @@ def grow(target: Target, *, layers: int | None = None, mapping: str | None = Non
     if mapping is not None and (architecture.bits is None or not architecture.bits.cells):
         raise ValueError("--bit-mapping: the bits are not those of searched cells, so nothing is mapped; leave it out")
     build, pixels, known, text = _size(target, layers)
+    classes_known = build["num_classes"] is not None
+    build["num_classes"] = build["num_classes"] or _CLASSES
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = network_of(architecture, **build)
     cost = network_cost(network, pixels)
     ends = [tuple(dict.fromkeys(_bits(cost, prefix))) for prefix in ("stem", "classifier")]
     cells = _cells(architecture, build, cost, pixels)
-    grown = Grown(architecture, cells, ends[0], ends[1], pixels, known, cost.bitops, text)
+    total = cost.bitops if known and classes_known else None
+    grown = Grown(architecture, cells, ends[0], ends[1], pixels, known, total, text)
     quantised = any(layer.weight_bits != FLOAT_BITS for layer in cost.layers if layer.name.startswith("cells."))
     return grown if quantised else without_bits(grown)
 
@@ -137,8 +142,11 @@ def _from_flags(flags: Mapping[str, Any], darts: bool, target: Target) -> tuple[
             raise ValueError(f"{target.run}/config.json: {name} is {found!r}, no size of a network; name another run")
         return found
 
-    channels, usual, classes = SHAPES.get(str(flags.get("dataset")), (3, None, 10))
-    pixels = flags.get("image_size") or usual or (None if flags else _PIXELS["cifar"])
+    dataset = str(flags.get("dataset")) if flags else "cifar10"
+    channels, usual, classes = SHAPES.get(dataset, (3, None, None))
+    # ImageNet's folder may hold a part of its classes, and nothing but the images says so
+    classes = flags.get("classes") or (None if dataset == "imagenet" else classes)
+    pixels = flags.get("image_size") or usual
     build: dict[str, Any] = {"in_channels": channels, "num_classes": classes, "layers": said("layers")}
     if darts:
         stem = flags.get("stem")

@@ -159,9 +159,25 @@ def test_images_of_an_unknown_size_have_no_pixels_and_no_cost(tmp_path: Path) ->
     row = epoch(0)
     folder = write_search(tmp_path / "run", [row], dataset="folder", eval_layers=4)
     grown = grow(open_target(str(folder)))
-    assert not grown.pixels_known and grown.text == "4 cells, 8 channels (by the run's flags)"
+    assert not grown.pixels_known and grown.bitops is None and grown.text == "4 cells, 8 channels (by the run's flags)"
     (svg,) = draw_grown(grown, tmp_path / "grown", formats=["svg"], title="unknown")
     assert "8 channels" in texts(svg) and not any("BitOps" in text for text in texts(svg))
+
+
+def test_how_many_classes_imagenets_folder_holds_is_not_guessed(tmp_path: Path) -> None:
+    """Its classifier's cost depends on them; that of the cells does not."""
+    flags = {"dataset": "imagenet", "image_size": 32, "eval_layers": 3}
+    unknown, known = (
+        grow(open_target(str(write_search(tmp_path / name, [epoch(0)], **flags, **more))))
+        for name, more in (("unknown", {}), ("known", {"classes": 7}))
+    )
+    assert unknown.cells == known.cells and unknown.bitops is None
+    build = {"in_channels": 3, "num_classes": 7, "init_channels": 8, "layers": 3, "stem": "cifar"}
+    assert known.bitops == architecture_cost(known.architecture, 32, **build).bitops
+    total = sum(cell.bitops for cell in known.cells)
+    for grown, end in ((unknown, ""), (known, f", {known.bitops / 1e6:.3g} M in all")):
+        (svg,) = draw_grown(grown, tmp_path / "grown", formats=["svg"], title="classes")
+        assert f"{grown.text}; {total / 1e6:.3g} M BitOps in its cells{end}" in texts(svg)
 
 
 def test_micro_cells_show_their_types(tmp_path: Path) -> None:
