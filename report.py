@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.engine.files import read_json, write_bytes
+from common.engine.files import write_bytes
 from common.engine.parsing import Parser, choice
 from common.recipes.page import build_page, page_file
 from common.recipes.pareto import COSTS, draw_pareto, picture
@@ -60,6 +60,8 @@ def _parser() -> Parser:
     page = "write everything as one page that needs nothing else: tables, plots, cells, curves, layers"
     parser.add_argument("--html", type=page_file, metavar="OUT.html", help=page)
     parser.add_argument("--watch", action="store_true", help="follow one run in the terminal until it ends")
+    own = "operations of your own that the cells name; it is run"
+    parser.add_argument("--search-space", type=Path, metavar="FILE.py", help=own)
     parser.add_argument("--once", action="store_true", help="with --watch: show it as it is now, and exit")
     return parser
 
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = [Path(path) for path in (*args.runs, *args.run)]
     if not paths:
         parser.fail(["RUN: is missing; name run folders, or a folder that holds some, such as runs"])
+    if args.search_space is not None:
+        _load_own(parser, args.search_space)
     if args.watch or args.once:
         return _watch(parser, paths, once=args.once, watching=args.watch)
     form = args.format or _ENDINGS.get(args.out.suffix.lower() if args.out else "", "md")
@@ -122,13 +126,21 @@ def _cost_of(folder: Path) -> Cost:
 
     config = make_parser().parse_args([str(folder)])
     try:
-        own = read_json(folder / "config.json").get("config", {}).get("search_space")
-        config.search_space = Path(own) if own else None
         return cost_of(config)[0]
-    except (KeyError, AttributeError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: config.json or result.json lacks what its network was built for ({error})"
         ) from None
+
+
+def _load_own(parser: Parser, file: Path) -> None:
+    """--search-space: only a file that was named here is run, never one that a run's folder names."""
+    from common.recipes.own_space import load_search_space
+
+    try:
+        load_search_space(file)
+    except ValueError as error:
+        parser.fail([str(error)])
 
 
 def _watch(parser: Parser, paths: Sequence[Path], *, once: bool, watching: bool) -> int:

@@ -51,7 +51,7 @@ class State:
     """What the log says of the network that is trained."""
     architecture: Architecture | None = None
     cells_of: str = ""
-    """Which cells these are."""
+    """Which cells these are, or why there are none."""
     waited: float = 0.0
     """Seconds since the last epoch ended."""
 
@@ -136,7 +136,7 @@ def _log(folder: Path) -> tuple[str, ...]:
 
 
 def _cells(folder: Path, config: dict[str, Any]) -> tuple[Architecture | None, str]:
-    """What the newest epoch of a search chose, else the cells of the network that is trained."""
+    """The run's cells, or those of a search's newest epoch, and what they are; nothing before its first."""
     from common.nets import load_architecture
     from common.recipes.chosen import choice_of
     from common.recipes.history import read_history
@@ -144,12 +144,13 @@ def _cells(folder: Path, config: dict[str, Any]) -> tuple[Architecture | None, s
     try:
         if (folder / "architecture.json").is_file():
             return load_architecture(str(folder)), "cells"
-        if config.get("stage") == "search":
+        history = folder / "history.jsonl"
+        if config.get("stage") == "search" and history.is_file() and b"\n" in history.read_bytes():
             choice = choice_of(read_history(folder).rows[-1], folder)
             best = f", the best of {choice.sampled} samples" if choice.sampled else ""
             return choice.architecture, f"cells of epoch {choice.epoch + 1}{best}"
-    except ValueError:  # not there yet, or being written: the next look will have them
-        pass
+    except (ValueError, OSError) as error:
+        return None, f"no cells: {error}"
     return None, ""
 
 
@@ -173,6 +174,8 @@ def view(state: State) -> RenderableType:
         parts += [Text(), Text(state.network)]
     if state.architecture is not None:
         parts += [Text(), _Genotype(state.architecture, state.cells_of)]
+    elif state.cells_of:
+        parts += [Text(), Text(state.cells_of, overflow="fold")]
     if state.log:
         shown = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in state.log[-_LINES:]]
         parts += [Text(), *shown]

@@ -105,6 +105,18 @@ def test_sampled_architectures_show_their_best(tmp_path: Path) -> None:
     assert "the best of 2 samples" in text and "max_pool_3x3(c_{k-2})" in text and "avg_pool" not in text
 
 
+def test_cells_that_cannot_be_read_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = json.dumps(architecture_json()).replace("sep_conv_3x3", "my_operation")
+    folder = going(tmp_path / "run")
+    (folder / "architecture.json").write_text(text)
+    assert report.main([str(folder), "--watch", "--once"]) == 0
+    said = " ".join(line.strip("│ ") for line in capsys.readouterr().out.splitlines())
+    assert "no cells:" in said and "my_operation" in said and "--search-space FILE.py" in said
+    with pytest.raises(SystemExit):
+        report.main([str(folder), "--watch", "--once", "--search-space", str(tmp_path / "none.py")])
+    assert "--search-space" in capsys.readouterr().err
+
+
 def test_files_cut_anywhere_can_be_watched(tmp_path: Path) -> None:
     folder = going(tmp_path / "run", log=("epoch 4/10 step 5/10: loss 1.2",))
     whole = {name: (folder / name).read_bytes() for name in ("metrics.csv", "history.jsonl", "log.txt")}
