@@ -148,6 +148,27 @@ def test_a_run_that_is_still_going_is_drawn_as_far_as_it_is_written(
     assert not [path for path in here.rglob("*") if path.name.startswith(".")]
 
 
+def test_a_run_can_be_read_at_any_moment(here: Path) -> None:
+    """Its history cut at places all over the file: what is whole counts, the rest is said, nothing else happens."""
+    from common.recipes.animation import read_film
+    from common.recipes.target import open_target
+
+    folder = write_search(here / "run", [epoch(0), epoch(1)])
+    whole = (folder / "history.jsonl").read_bytes()
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in sorted({*range(0, len(whole), len(whole) // 40), *ends, *(end - 1 for end in ends), len(whole)}):
+        (folder / "history.jsonl").write_bytes(whole[:cut])
+        count = whole[:cut].count(b"\n")
+        if not count:
+            for read in (open_target, read_film):
+                with pytest.raises(ValueError, match="whole epoch"):
+                    read(folder if read is read_film else str(folder))
+            continue
+        film = read_film(folder)
+        assert len(film.choices) == count and open_target(str(folder)).title.endswith(f"after epoch {count}")
+        assert bool(film.notes) == (cut not in ends)
+
+
 def test_before_the_first_epoch_there_is_nothing_to_draw(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rows, tail in (([], ""), ([], json.dumps(epoch(0))[:300])):
         folder = write_search(here / f"run{len(tail)}", rows, tail=tail)
