@@ -188,7 +188,7 @@ def test_confidence_is_the_softmax_margin_of_the_last_epoch(here: Path, capsys: 
     row = epoch(3)
     finish(write_search(here / "run", [epoch(0), row]), row)
     assert run("run", "--confidence", "--format", "svg") == 0
-    widths = [float(w) for w in re.findall(r'stroke-width="?:? ?([\d.]+)', Path("run/cells.svg").read_text())]
+    widths = [float(w) for w in re.findall(r'stroke-width(?:="|: )([\d.]+)', Path("run/cells.svg").read_text())]
     for kind in KINDS:
         first = 0
         for node in range(4):
