@@ -40,7 +40,6 @@ OPTIONAL = {  # module -> (what it is for, cure)
     "onnxruntime": ("the check of an exported file", f"{SETUP} export"),
     "qonnx": ("export to QONNX", f"{SETUP} export"),
     "submitit": ("sweeps on a Slurm cluster", f"{SETUP} cluster"),
-    "rich": ("coloured tables in the terminal", ".venv/bin/python -m pip install rich"),
 }
 PROGRAMS = {  # -> (argument that makes it say its version, what it is for)
     "dot": ("-V", "draws the cells; without it matplotlib does"),

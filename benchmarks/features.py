@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measuring
 from common.engine import read_json
 
-BASE = ("--no-tensorboard",)
+BASE = ("--no-tensorboard", "--no-plots")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "base": BASE,
     "again": BASE,
-    "tensorboard": ("--tensorboard",),
+    "tensorboard": ("--tensorboard", "--no-plots"),
     "deterministic": (*BASE, "--deterministic"),
     "checkpoints": (*BASE, "--checkpoint-minutes", "1e-9"),
 }

@@ -33,6 +33,7 @@ PER_DATASET: dict[str, dict[str, dict[str, Any]]] = {
 _HELD_OUT = {"mnist": 5000 / 60000, "cifar10": 5000 / 50000, "cifar100": 5000 / 50000}
 _SMALL = {"dataset": "digits", "image_size": 16, "out_filters": 4, "layers": 2, "batch_size": 64, "log_every": 10}
 _SMOKE = {**_SMALL, "image_size": 8, "out_filters": 2, "layers": 1, "batch_size": 16, "epochs": 2, "log_every": 1}
+_SMOKE |= {"plots": False}
 # A child of shared weights learns by its number of steps, whatever their size: small images and cells give 17,000 steps
 # in half an hour.
 _HOUR = {"image_size": 16, "batch_size": 64, "loss": "cross-entropy", "auxiliary": False}

@@ -29,6 +29,7 @@ from common.nets.enas_layers import types_fit
 from common.nets.enas_space import SPACE, MicroCells
 from common.recipes.elapsed import time_before
 from common.recipes.pictures import draw_cells
+from common.recipes.plots import plot_run, show_choices
 from common.recipes.setup import images_at_once, lay_out, load_data, open_run, prepare_torch, shorten, tell
 from common.recipes.trained import cost_text, final_figures, network_state
 from enas.child import SharedChild
@@ -208,6 +209,7 @@ def run_training(config: Config, *, on_step: Callable[[int], None] | None = None
         }
         found = result["metrics"]
         run.log(f"test: top-1 {100 * found['test_top1']:.2f}% ({found['test_correct']} of {result['n_test']})")
+        plot_run(run, config)
         run.finish(result)
         return read_json(run.folder / "result.json")
 
@@ -290,9 +292,11 @@ def run_search(config: Config, *, on_step: Callable[[int], None] | None = None) 
                 f"--layer-bits: {len(config.layer_bits)} types fit no network of --eval-layers {config.eval_layers}: "
                 "costs count the default types, and train.py will take them"
             )
+        show_choices(run, config)
         searching = SearchLoop(child, controller, run=run, on_step=on_step, **loop)
         row = searching.run_epochs()
         result = _conclude(run, config, data, searching, size, row)
+        plot_run(run, config)
         run.finish(result)
         return read_json(run.folder / "result.json")
 

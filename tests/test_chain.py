@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from common.nets import load_architecture
+from common.recipes.grown_network import grow
+from common.recipes.target import open_target
 from tests.helpers.programs import python
 
 METHODS = ("qdarts", "darts", "ptq", "fbqat", "qsubnet")
@@ -89,6 +94,36 @@ def test_pictures_of_a_run_and_of_a_name(root: Path, chain: dict[str, Path]) -> 
         assert primitive in text
     python(root, root / "visualize.py", chain["found"], "--format", "png", "--out", "mine.png", cwd=place)
     assert (place / "mine.png").read_bytes().startswith(b"\x89PNG")
+    grown = grow(open_target(str(chain["trained"])))
+    assert grown.bitops == json.loads((chain["trained"] / "result.json").read_text())["cost"]["bitops"]
+    assert open_target(str(chain["found"])).margins is not None
+
+
+@pytest.mark.slow
+def test_the_readmes_pictures_of_a_real_search(root: Path, chain: dict[str, Path]) -> None:
+    """The script that draws them, on the smoke search: a frame an epoch, and the network that the training cost."""
+    from PIL import Image
+
+    out = chain["place"] / "images"
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    command = [
+        "bash",
+        str(root / "scripts" / "readme_pictures.sh"),
+        str(chain["found"]),
+        str(chain["trained"]),
+        str(out),
+    ]
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    names = ("alphas.svg", "cells.png", "curves.svg", "network.png", "search.gif")
+    assert sorted(file.name for file in out.iterdir()) == [f"quickstart-{name}" for name in names]
+    with Image.open(out / "quickstart-search.gif") as film:
+        assert film.n_frames == json.loads((chain["found"] / "result.json").read_text())["epochs"]
+    for name in ("cells", "network"):
+        with Image.open(out / f"quickstart-{name}.png") as image:
+            assert len(image.convert("RGB").getcolors(2**24)) > 50
+    refused = subprocess.run([*command[:2], str(out)], capture_output=True, text=True)
+    assert refused.returncode == 2 and f"{out} holds no finished run" in refused.stderr
 
 
 @pytest.mark.parametrize("entry", ENTRY_POINTS)

@@ -7,6 +7,7 @@ The quick tests read the flags as the programs do; the slow one runs the command
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -229,23 +230,26 @@ def test_documented_python_runs(root: Path, tmp_path: Path, file: Path, block: s
 @pytest.mark.timeout(1800)
 def test_documented_commands_run(root: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each document's blocks in order and in one folder, so that what one command leaves is there for the next."""
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    done = set()
+    done, shown = set(), files_written_in_documents()
+    with_own = os.pathsep.join((str(root), str(runs["place"])))
     for file, block in blocks("bash"):
         place = runs["place"] / file.relative_to(root).with_suffix("")
         place.mkdir(parents=True, exist_ok=True)
         for words in commands(block):
-            kind = re.fullmatch(r"\w+/(search|train|quantize)\.py|(evaluate|report|visualize|doctor)\.py|-m", words[1])
-            if words[0] != "python" or kind is None or "gamma_checkpoint.t7" in words:
+            tools = r"(evaluate|report|visualize|doctor)\.py|-[mc]"
+            kind = re.fullmatch(rf"\w+/(search|train|quantize)\.py|{tools}", words[1])
+            own = words[1] in shown or words[1] == "-c"  # a user's file imports the project
+            monkeypatch.setenv("PYTHONPATH", with_own if own else str(root))
+            if words[0] != "python" or (kind is None and not own) or "gamma_checkpoint.t7" in words:
                 continue  # scripts, sweeps and the import of bits have tests of their own
             arguments = filled(words, runs)
-            if kind.group(1) in ("search", "train") and "--plan" not in words:
+            if (kind is None or kind.group(1) in ("search", "train")) and "--plan" not in words:
                 arguments = made_small(arguments, words, runs)
             arguments = without_ffcv(arguments, runs)
             if (key := shlex.join(arguments)) in done:
                 continue
             done.add(key)
-            if arguments[0] != "-m":
+            if arguments[0] not in ("-m", "-c"):
                 arguments[0] = str(root / arguments[0])
             # `repeat` names a run that an earlier command left here; the other modules read the project's files
             here = arguments[0] != "-m" or arguments[1] == "common.engine"

@@ -426,7 +426,7 @@ IMPORT_NAMES = {
     "pytest-timeout": "pytest_timeout",
 }
 # Comes with an extra that is installed by hand only, and each use says so.
-BY_HAND = {"rich", "cupy"}
+BY_HAND = {"cupy"}
 WITH_TORCH = {"triton"}  # torch's builds for GPUs bring it; who imports it does without
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import visualize
+from tests.helpers.fake_history import KINDS, epoch, finish, sampled_epoch, write_search
 from tests.helpers.fake_runs import architecture_json, train_result, write_run
 
 
@@ -123,3 +124,192 @@ def test_help_and_as_a_program(here: Path, root: Path, capsys: pytest.CaptureFix
         [sys.executable, str(root / "visualize.py"), "nas_net"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "nas_net is not specified in genotypes.py" in done.stderr
+
+
+def svg_texts(path: str | Path) -> list[str]:
+    root = ElementTree.parse(path).getroot()
+    return ["".join(item.itertext()).strip() for item in root.iter() if item.tag.endswith("}text")]
+
+
+def test_a_run_that_is_still_going_is_drawn_as_far_as_it_is_written(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_search(here / "run", [epoch(0), epoch(1)], tail=json.dumps(epoch(2))[:-9])
+    assert run("run", "--format", "svg") == 0
+    said = capsys.readouterr()
+    assert said.out == "wrote run/cells.svg\n"
+    assert "history.jsonl: its last line is half written and left out" in said.err
+    assert "run: has no architecture.json yet; drawn as after its epoch 2" in said.err
+    texts = svg_texts(folder / "cells.svg")
+    assert f"{here.name}/run, after epoch 2" in texts and any("in the softmax:" in text for text in texts)
+    for kind in KINDS:
+        for operation, _ in epoch(1)["genotype"][kind]:
+            assert operation in texts
+    assert not [path for path in here.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_run_can_be_read_at_any_moment(here: Path) -> None:
+    """Its history cut at places all over the file: what is whole counts, the rest is said, nothing else happens."""
+    from common.recipes.animation import read_film
+    from common.recipes.target import open_target
+
+    folder = write_search(here / "run", [epoch(0), epoch(1)])
+    whole = (folder / "history.jsonl").read_bytes()
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in sorted({*range(0, len(whole), len(whole) // 40), *ends, *(end - 1 for end in ends), len(whole)}):
+        (folder / "history.jsonl").write_bytes(whole[:cut])
+        count = whole[:cut].count(b"\n")
+        if not count:
+            for read in (open_target, read_film):
+                with pytest.raises(ValueError, match="whole epoch"):
+                    read(folder if read is read_film else str(folder))
+            continue
+        film = read_film(folder)
+        assert len(film.choices) == count and open_target(str(folder)).title.endswith(f"after epoch {count}")
+        assert bool(film.notes) == (cut not in ends)
+
+
+def test_before_the_first_epoch_there_is_nothing_to_draw(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rows, tail in (([], ""), ([], json.dumps(epoch(0))[:300])):
+        folder = write_search(here / f"run{len(tail)}", rows, tail=tail)
+        assert run(str(folder)) == 1 and run(str(folder), "--grown") == 1
+        said = capsys.readouterr().err
+        assert said.count(f"{folder}: has neither an architecture.json nor a whole epoch of a search; wait") == 2
+        assert run(str(folder), "--animate") == 1
+        assert "has no whole epoch yet" in capsys.readouterr().err
+    (here / "damaged").mkdir()
+    (here / "damaged" / "history.jsonl").write_text("x" * 40 + "\n")
+    assert run("damaged") == 1
+    assert "line 1 is not JSON" in capsys.readouterr().err
+
+
+def test_confidence_is_the_softmax_margin_of_the_last_epoch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The widths in the file against margins worked out of the row by hand."""
+    row = epoch(3)
+    finish(write_search(here / "run", [epoch(0), row]), row)
+    assert run("run", "--confidence", "--format", "svg") == 0
+    widths = [float(w) for w in re.findall(r'stroke-width(?:="|: )([\d.]+)', Path("run/cells.svg").read_text())]
+    for kind in KINDS:
+        first = 0
+        for node in range(4):
+            for operation, state in row["genotype"][kind][2 * node : 2 * node + 2]:
+                shares = row["alphas"][kind][first + state]
+                chosen = shares[row["primitives"].index(operation)]
+                margin = chosen - max(s for s in shares[1:] if s != chosen)
+                wanted = 1 + 3.6 * max(margin, 0) ** 0.5
+                assert min(abs(w - wanted) for w in widths) < 0.006, (kind, operation, margin)
+            first += node + 2
+    assert run("run", "--no-confidence", "--no-bits", "--format", "svg", "--out", "plain.svg") == 0
+    plain = svg_texts("plain.svg")
+    assert not any("in the softmax:" in text or re.fullmatch(r"[wa]\d", text) for text in plain)
+    assert run("PC_DARTS", "--confidence") == 1
+    assert "--confidence: PC_DARTS_cifar has no softmax" in capsys.readouterr().err
+
+
+def test_margins_are_not_those_of_other_cells_or_columns(here: Path) -> None:
+    """Alphas of another genotype, or of columns that nobody names, say nothing about the cells drawn."""
+    other = epoch(1)
+    finish(write_search(here / "other", [epoch(0)]), other)
+    short = epoch(0)
+    short["alphas"] = {kind: [row[:-1] for row in table] for kind, table in short["alphas"].items()}
+    write_search(here / "short", [short])
+    gone = epoch(0)
+    gone["alphas"] = None
+    write_search(here / "gone", [gone])
+    unnamed = epoch(0)
+    unnamed["primitives"][3] = ["skip_connect"]
+    write_search(here / "unnamed", [unnamed])
+    for name in ("other", "short", "gone", "unnamed"):
+        assert run(name, "--format", "svg") == 0
+        assert not any("in the softmax:" in text for text in svg_texts(here / name / "cells.svg")), name
+        assert run(name, "--confidence", "--format", "svg") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("PC_DARTS", "--bits"), "--bits: PC_DARTS_cifar has none"),
+        (("PC_DARTS", "--bits", "--no-bits"), "--bits and --no-bits: contradict"),
+        (("PC_DARTS", "--no-bits", "--wbits", "2", "--abits", "2"), "--no-bits: contradicts --wbits"),
+        (("PC_DARTS", "--fps", "3"), "--fps: belongs to --animate"),
+        (("PC_DARTS", "--layers", "3"), "--layers: belongs to --grown"),
+        (("PC_DARTS", "--bit-mapping", "paper"), "--bit-mapping: belongs to --grown"),
+        (("PC_DARTS", "--grown", "--bit-mapping", "paper"), "--bit-mapping: the bits are not those of searched"),
+        (("PC_DARTS", "--grown", "--animate"), "--grown: is one picture"),
+        (("PC_DARTS", "--grown", "--confidence"), "--confidence: a whole network"),
+        (("PC_DARTS", "--animate"), "PC_DARTS: holds no history.jsonl"),
+        (("PC_DARTS", "--animate", "--wbits", "2", "--abits", "2"), "--wbits: a film"),
+        (("PC_DARTS", "--animate", "--fps", "0"), "--fps"),
+        (("PC_DARTS", "--animate", "--fps", "fast"), "--fps"),
+        (("run", "--animate", "--out", "x.svg"), "film format svg: choose from gif, mp4"),
+        (("run", "--animate", "--format", "gif", "--out", "x.mp4"), "contradicts"),
+        (("run", "--format", "gif"), "gif: choose from svg, png, pdf"),
+        (("run", "--grown", "--format", "mp4"), "mp4: choose from svg, png, pdf"),
+        (("run", "--animate", "--bits"), "--bits: "),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    here: Path, argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_search(here / "run", [sampled_epoch(0)])
+    before = sorted(here.rglob("*"))
+    assert run(*argv) == 1
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+    assert sorted(here.rglob("*")) == before
+
+
+def test_grown_of_a_run_and_of_a_name(here: Path) -> None:
+    write_search(here / "run", [epoch(0)], eval_layers=4)
+    assert run("--grown", "run", "--format", "svg") == 0
+    texts = svg_texts("run/grown.svg")
+    assert f"{here.name}/run, after epoch 1" in texts and texts.count("searched") == 1
+    assert [f"{k}  {kind}" in texts for k, kind in enumerate(("normal", "reduction", "reduction", "normal"))] == [
+        True
+    ] * 4
+    assert run("PC_DARTS", "--grown", "--wbits", "3", "--abits", "8", "--layers", "2", "--format", "svg") == 0
+    texts = svg_texts("PC_DARTS-grown.svg")
+    assert texts.count("w3") == texts.count("a8") > 4 and "searched" not in texts
+
+
+def test_animate_writes_into_the_run_or_where_it_is_told(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    write_search(here / "run", [sampled_epoch(n) for n in range(3)], tail='{"epoch": 3')
+    monkeypatch.setenv("PATH", str(here))  # no ffmpeg
+    assert run("run", "--animate", "--fps", "4") == 0
+    said = capsys.readouterr()
+    assert said.out == "wrote run/search.gif\n"
+    assert "half written" in said.err and "no MP4: the program ffmpeg is not installed" in said.err
+    with Image.open("run/search.gif") as film:
+        assert film.n_frames == 3 and film.info["duration"] == 250
+    assert run("run", "--animate", "--out", "deep/er/film.gif") == 0
+    said = capsys.readouterr()
+    assert said.out == "wrote deep/er/film.gif\n" and "MP4" not in said.err
+    assert run("run", "--animate", "--format", "mp4") == 1
+    assert "ffmpeg is not installed" in capsys.readouterr().err
+
+
+def test_pictures_of_micro_cells_and_own_operations(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ENAS's five blocks, and a space of two nodes with an operation of a long name: every label is there, whole."""
+    blocks = "0 0 1 1 2 2 0 3 1 4 3 0 2 1 0 2 5 4 1 1"
+    assert run(f"{blocks} {blocks}", "--format", "svg", "--out", "micro") == 0
+    texts = svg_texts("micro.svg")
+    names = {"sep_conv_3x3": 2, "sep_conv_5x5": 3, "avg_pool_3x3": 2, "max_pool_3x3": 1, "identity": 2}
+    assert {name: texts.count(name) for name in names} == {name: 2 * count for name, count in names.items()}
+    long = "a_convolution_with_a_name_that_says_everything_about_it"
+    Path("own.py").write_text(
+        "from common.nets import OPERATIONS\n"
+        f"OPERATIONS['{long}'] = lambda conv, norm, c, s: conv(c, c, 3, stride=s, padding=1)\n"
+    )
+    pairs = [[long, 0], [long, 1], ["skip_connect", 2], [long, 0]]
+    data = architecture_json("two") | {
+        "genotype": {"normal": pairs, "normal_concat": [2, 3], "reduce": pairs, "reduce_concat": [3]}
+    }
+    Path("two.json").write_text(json.dumps(data))
+    assert run("two.json", "--format", "svg") == 1
+    assert long in capsys.readouterr().err
+    assert run("two.json", "--format", "svg", "--search-space", "own.py") == 0
+    assert svg_texts("two.svg").count(long) == 6

@@ -69,7 +69,7 @@ VOLATILE = frozenset(
     (
         *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
         *("allow_config_change", "given"),  # given: what flags said before something else followed from them
-        *("checkpoint_minutes", "tensorboard", "workers", "data", "trainfile", "valfile", "threads"),
+        *("checkpoint_minutes", "tensorboard", "plots", "workers", "data", "trainfile", "valfile", "threads"),
         *("use_data_parallel", "plan", "world_size", "gpus_per_node", "link_gbps", "step_seconds"),
         "search_space",  # a place; what the file says is in search_space_digest
     )
@@ -306,6 +306,7 @@ def add_run_flags(parser: Parser, stage: str) -> None:
     minutes = "time between checkpoints within an epoch; every epoch ends with one"
     add.value("--checkpoint-minutes", number(positive=True), 10.0, "M", minutes)
     add.switch("--tensorboard", True, "write TensorBoard events (--no-tensorboard: do not)")
+    add.switch("--plots", True, "draw curves and choices, for the run folder and TensorBoard (--no-plots: do not)")
     parser.ignore("--device chooses", "--gpu", "--use-gpu")
     parser.ignore("the run's folder is set by --save", "--model-path", "--model-save-dir")
     parser.ignore("it is taken from the data", "--trainset-num", "--class-num", "--num-classes")

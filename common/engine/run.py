@@ -10,7 +10,7 @@
 
 metrics.csv and history.jsonl only grow. A checkpoint notes how long they were when it was made, and a resume cuts them
 back to that: no row twice, none missing, whatever happened in between. The TensorBoard events are written anew from
-metrics.csv then, since a killed process leaves its last events unwritten. (design.md 4 and 5.)
+both then, since a killed process leaves its last events unwritten. (design.md 4 and 5.)
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +33,7 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 from common.engine import distributed
+from common.engine.board import Board, Painter
 from common.engine.changes import MISSING, Change, as_text, check_epochs, effects, owner_of
 from common.engine.checkpoint import CheckpointStore, load_state
 from common.engine.environment import describe, started_as
@@ -45,9 +45,8 @@ CONFIG, LOG, METRICS, HISTORY, RESULT = "config.json", "log.txt", "metrics.csv",
 TENSORBOARD, CHECKPOINTS, LOCK = "tensorboard", "checkpoints", ".lock"
 # Flags that never change what a run computes (a preset counts by the values it gave); `volatile` adds the callers' own.
 VOLATILE = frozenset(
-    {"save", "runs", "root", "resume", "allow_config_change", "config", "preset", "print_config", "list_presets"}
-    | {"dry_run"}
-    | {"quiet", "tensorboard", "workers", "checkpoint_minutes", "keep_checkpoints"}
+    {"save", "runs", "root", "resume", "config", "preset", "print_config", "list_presets", "dry_run"}
+    | {"allow_config_change", "quiet", "tensorboard", "plots", "workers", "checkpoint_minutes", "keep_checkpoints"}
 )
 _GROWING = (METRICS, HISTORY)
 _OWN = (CONFIG, LOG, *_GROWING, RESULT)
@@ -133,7 +132,8 @@ class Run:
         self._log: IO[str] | None = None
         self._early: list[str] = []  # said before log.txt was open
         self._growing: dict[str, IO[str]] = {}
-        self._writer: Any = None
+        self._board: Board | None = None
+        self._painter: Painter | None = None
         self._artefacts: dict[str, str] = {}
         self._columns: list[str] | None = None
         self._last_step: int | None = None
@@ -232,13 +232,11 @@ class Run:
             raise ValueError(f"metrics.csv has a row of step {self._last_step} already; step {step} cannot follow it")
         values = {**row, "step": step}
         # Before this row is in the file: what is rebuilt from it must not hold the row twice.
-        writer = self._tensorboard_writer()
+        board = self._open_board()
         self._append(METRICS, _csv_line([values.get(key, "") for key in self._columns]))
         self._last_step = step
-        if writer is not None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, (int, float)):
-                    writer.add_scalar(key, value, step)
+        if board is not None:
+            board.scalars(row, step)
 
     def history(self, row: Mapping[str, Any], *, epoch: int) -> None:
         """Add {"epoch": epoch, **row} to history.jsonl; nothing in it may depend on clock or machine."""
@@ -246,9 +244,22 @@ class Run:
             return
         if self._last_epoch is not None and epoch <= self._last_epoch:
             raise ValueError(f"history.jsonl has epoch {self._last_epoch} already; epoch {epoch} cannot follow it")
-        line = json.dumps({"epoch": epoch, **plain(dict(row), "history")}, allow_nan=False)
+        values = {"epoch": epoch, **plain(dict(row), "history")}
+        line = json.dumps(values, allow_nan=False)
+        board = self._open_board() if self._painter is not None else None  # before the row is in the file, as above
         self._append(HISTORY, line + "\n")
         self._last_epoch = epoch
+        if board is not None:
+            board.pictures(values)
+
+    def paint(self, painter: Painter) -> None:
+        """Let TensorBoard show what the painter makes of each object of history.jsonl; to be told before the first."""
+        self._painter = painter
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The columns that metrics.csv has already; None while its first row may still choose them."""
+        return None if self._columns is None else tuple(self._columns)
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write `value` to the file `name` of the folder, atomically, and list it as an artefact."""
@@ -281,13 +292,7 @@ class Run:
             return path
         self.log(f"finished after {duration(self.seconds)}: {path}")
         self._sync_growing()
-        if self.resumed_step is not None and self._last_step is not None:
-            # a session that adds no row leaves the events to a killed one, which may not have written its last
-            self._tensorboard_writer()
-        if self._writer is not None:
-            self._writer.flush()  # raises what its thread met
-            self._writer.close()
-            self._writer = None
+        self._close_board(result)
         environment = describe(self.config.get("device"))
         identity = self._identity
         own = {
@@ -313,8 +318,8 @@ class Run:
 
     def close(self) -> None:
         """Close the files and let go of the folder. Calling it twice is fine. Raises OSError as a write does."""
-        open_ones = [self._writer, *self._growing.values(), self._log, self._lock]
-        self._writer = self._log = self._lock = None
+        open_ones = [self._board, *self._growing.values(), self._log, self._lock]
+        self._board = self._log = self._lock = None
         self._growing = {}
         errors = []
         for file in open_ones:
@@ -547,27 +552,36 @@ class Run:
             except OSError as error:
                 raise unwritten(self.folder / name, error) from error
 
-    def _tensorboard_writer(self) -> Any:
-        """The SummaryWriter, made at the first row (its import takes a second); None when off or not installed."""
-        if not self._tensorboard or self._writer is not None:
-            return self._writer
+    def _open_board(self) -> Board | None:
+        """The TensorBoard events, made at the first row (the import takes a second); None when off or not installed."""
+        if not self._tensorboard or self._board is not None:
+            return self._board
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            board = Board(self.folder / TENSORBOARD, forget=self.resumed_step is not None, painter=self._painter)
         except ImportError as error:
             self._tensorboard = False
             self.log(f"no TensorBoard events, metrics.csv has the same: {error} (pip install tensorboard)")
             return None
-        shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
-        # purge_step=0 lets a TensorBoard that watches this folder forget what the events of the killed session said.
-        purge = None if self.resumed_step is None else 0
-        threading.excepthook = _told_by_the_writer(threading.excepthook)
-        self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=purge)
         with _reading_rows(self.folder / METRICS):
             for row in _csv_rows(self.folder / METRICS):
-                for key, value in row.items():
-                    if key != "step" and _is_number(value):
-                        self._writer.add_scalar(key, float(value), int(row["step"]))
-        return self._writer
+                board.scalars(row, int(row["step"]))
+        with _reading_rows(self.folder / HISTORY):
+            lines = (self.folder / HISTORY).read_text(encoding="utf-8").splitlines() if self._painter else []
+            for line in lines:
+                board.pictures(json.loads(line))
+        self._board = board
+        return board
+
+    def _close_board(self, result: Mapping[str, Any]) -> None:
+        """The last events: the flags that matter beside the final figures. A run without a row has no events.
+
+        Opened here too: a session that adds no row leaves them to a killed one, which may not have written its last.
+        """
+        board = self._open_board() if self._last_step is not None else None
+        if board is not None:
+            board.table(self._identity.fields(), plain(dict(result), "result"), self._last_step or 0)
+            board.close()
+        self._board = None
 
     def _inside(self, path: str | Path) -> Path:
         """The path resolved below the run's folder; ValueError when it leads out of it."""
@@ -587,17 +601,6 @@ class Run:
                 name = path.stem if path.stem not in artefacts else path.name
                 artefacts[name] = path.name
         return {**artefacts, "result": RESULT}
-
-
-def _told_by_the_writer(former: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A hook for errors of threads that keeps quiet of a disk which refuses events: the next row raises that error."""
-
-    def hook(told: Any) -> None:
-        events = type(told.thread).__module__.startswith("tensorboard.")
-        if not (events and isinstance(told.exc_value, OSError)):
-            former(told)
-
-    return hook
 
 
 # ---- folders
@@ -730,6 +733,23 @@ def _lock(folder: Path) -> IO[str] | None:
     return file
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a process works in a run's folder; None where that cannot be told (no lock file, no such locks).
+
+    Not for a process that holds the folder itself: to look at its own lock would let go of it.
+    """
+    try:
+        import fcntl
+
+        with open(folder / LOCK, encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except (ImportError, OSError):
+        return None
+    return False
+
+
 # ---- files that grow
 
 
@@ -821,11 +841,3 @@ def _reading_rows(path: Path) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, StopIteration, csv.Error) as error:
         raise ValueError(f"{path}: its rows cannot be read ({error}); delete it to go on without them") from error
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -406,6 +406,10 @@ class SearchLoop:
             "learning_rate": float(self.optimizers["weights"].param_groups[0]["lr"]),
             "images_per_second": images * steps / self.steps / seconds,
         }
+        for name, moving in (("gammas", self.gammas), ("arch", self.arch)):
+            if moving:  # the rates of this epoch, as the weights' above
+                group = self.optimizers[name].param_groups[0]
+                self.summary[f"{name.removesuffix('s')}_learning_rate"] = float(group["lr"])
         if evaluate is not None:
             self.model.eval()
             with torch.no_grad():

@@ -9,9 +9,10 @@ needed. All lengths are points, y points down. Nothing here knows how the pictur
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 STATE_RADIUS = 15.0
 INPUT_WIDTH, INPUT_HEIGHT = 66.0, 27.0
@@ -22,7 +23,21 @@ ARROW = 7.0  # length of an arrow's head
 _LANE, _LEVEL, _DROP = 10.0, 6.5, 5.5  # distances between parallel lines
 _BEFORE_NODE, _BEHIND_LANES, _FRAME = 17.0, 13.0, 14.0
 _CLEAR = 13.0  # between a node's rim and the nearest line that passes it
-_TITLE, _LEGEND, _MARGIN = 26.0, 34.0, 10.0
+_TITLE, _LEGEND, _WIDTHS, _MARGIN = 26.0, 34.0, 24.0, 10.0
+TITLE_SIZE, HEADING_SIZE, LEGEND_SIZE = 15.0, 13.0, 11.0  # points of letters
+SWATCH = 16.0  # width of a legend's sample
+# Ems of the letters of DejaVu Sans that are clearly narrower or wider than .7
+_WIDTHS_OF_LETTERS = {
+    **dict.fromkeys("ijlI'|", 0.31),
+    **dict.fromkeys(" .,:;/()[]!-", 0.4),
+    **dict.fromkeys("ftr", 0.43),
+    **dict.fromkeys("acekosvxyzLTF_?", 0.62),
+    **dict.fromkeys("bdghnpqu0123456789", 0.64),
+    **dict.fromkeys("w#+<=>^~", 0.85),
+    **dict.fromkeys("mMWOQGD%@&", 1.0),
+}
+LEGEND_INTRO = "w weights, a activations, lines by weights:"
+WIDTHS_INTRO = "line width, by how much the choice leads in the softmax:"
 
 Point = tuple[float, float]
 
@@ -43,11 +58,15 @@ class CellEdge:
     target: int
     operation: str
     chips: tuple[Chip, ...] = ()
+    margin: float | None = None
+    """By how much the choice leads in its edge's softmax, 0 to 1; None: not known."""
 
     @property
     def label(self) -> str:
         """The whole label as one string, such as `sep_conv_3x3  w2 a4`."""
-        return "  ".join(part for part in (self.operation, " ".join(chip.text for chip in self.chips)) if part)
+        parts = (self.operation, " ".join(chip.text for chip in self.chips))
+        lead = "" if self.margin is None else f"leads by {self.margin:.3f}"
+        return "  ".join(part for part in (*parts, lead) if part)
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -124,6 +143,46 @@ class Drawing:
     lines: list[Line] = field(default_factory=list)
     legend: list[tuple[str, str]] = field(default_factory=list)
     legend_y: float = 0.0
+    widths: list[tuple[str, float]] = field(default_factory=list)
+    """The legend of line widths: text and points; empty: all operations have one width."""
+    widths_y: float = 0.0
+
+    def shifted(self, dx: float, dy: float) -> Drawing:
+        """The same drawing with all but its title and legends elsewhere."""
+        frames = [Frame(frame.title, frame.box.shifted(dx, dy)) for frame in self.frames]
+        nodes = [Node(node.name, node.text, node.kind, node.box.shifted(dx, dy), node.chips) for node in self.nodes]
+        lines = []
+        for line in self.lines:
+            tag = line.tag.shifted(dx, dy) if line.tag else None
+            points = [(px + dx, py + dy) for px, py in line.points]
+            lines.append(Line(line.tail, line.head, points, line.edge, tag))
+        return replace(self, frames=frames, nodes=nodes, lines=lines)
+
+    def widened(self, width: float) -> Drawing:
+        """The same drawing in the middle of a canvas of that width."""
+        return replace(self.shifted((width - self.width) / 2, 0.0), width=width)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a cell takes: width of labels and inputs, depth of the levels below each row, reach to left and right.
+
+    Cells drawn with the same room have their nodes and labels in the same places, whatever was chosen.
+    """
+
+    label: float
+    wide: float
+    high: float
+    needed: tuple[float, ...]
+    left: float
+    right: float
+
+    def joined(self, other: Room) -> Room:
+        """Room enough for both; their labels have one width."""
+        needed = tuple(map(max, self.needed, other.needed))
+        lengths = [(one.wide, one.high, one.left, one.right) for one in (self, other)]
+        wide, high, left, right = map(max, *lengths)
+        return Room(self.label, wide, high, needed, left, right)
 
 
 def tag_width(edge: CellEdge) -> float:
@@ -139,6 +198,12 @@ def chip_width(chip: Chip) -> float:
 def chips_width(chips: Sequence[Chip]) -> float:
     """Width of several chips in a row."""
     return sum(chip_width(chip) + 3 for chip in chips) - (3 if chips else 0)
+
+
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """At most what a text takes in the pictures' proportional font, of so many points."""
+    ems = sum(_WIDTHS_OF_LETTERS.get(letter, 0.7 if letter.isascii() else 1.0) for letter in text)
+    return (1.17 if bold else 1.03) * size * ems
 
 
 def state_text(state: int) -> str:
@@ -167,20 +232,30 @@ def _lanes(edges: Sequence[CellEdge]) -> dict[int, int]:
     return lanes
 
 
-def _sides(cell: Cell) -> tuple[list[CellEdge], list[CellEdge]]:
-    """Left and right edges: one of each state's two on either side, such that few lanes and few crossings result."""
+Sides = tuple[list[CellEdge], list[CellEdge]]
+"""A cell's operations that enter from the left, and from the right."""
+
+
+def choose_sides(cell: Cell, before: Sides | None = None) -> Sides:
+    """Left and right edges: one of each state's two on either side, such that few lanes and few crossings result.
+
+    `before`: those of the picture that this one follows; what is in both stays on its side.
+    """
+    kept = {(e.source, e.target): side for side, edges in enumerate(before or ()) for e in edges}
     pairs = [[e for e in cell.edges if e.target == 2 + i] for i in range(cell.states)]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"cell {cell.title!r}: a state without exactly two operations cannot be drawn")
-    best: tuple[tuple[float, ...], tuple[list[CellEdge], list[CellEdge]]] | None = None
-    # 2^states ways; beyond ten states the first ten choose and the others keep their order
-    for flips in itertools.product((0, 1), repeat=min(cell.states, 10)):
+    best: tuple[tuple[float, ...], Sides] | None = None
+    # 2^states ways; beyond eight states the first eight choose and the others keep their order
+    for flips in itertools.product((0, 1), repeat=min(cell.states, 8)):
         turned = list(flips) + [0] * (cell.states - len(flips))
         left = [pair[flip] for pair, flip in zip(pairs, turned, strict=True)]
         right = [pair[1 - flip] for pair, flip in zip(pairs, turned, strict=True)]
         widths = [max(_lanes(side).values()) + 1 for side in (left, right)]
         wrong = sum(e.source == 1 for e in left) + sum(e.source == 0 for e in right)
-        score = (sum(widths), wrong, abs(widths[0] - widths[1]), *flips)
+        moved = sum(kept.get((e.source, e.target), 0) != 0 for e in left)
+        moved += sum(kept.get((e.source, e.target), 1) != 1 for e in right)
+        score = (moved, sum(widths), wrong, abs(widths[0] - widths[1]), *flips)
         if best is None or score < best[0]:
             best = (score, (left, right))
     assert best is not None
@@ -199,7 +274,7 @@ class _Exit:
     drop: float = 0.0
 
 
-def _exits(cell: Cell, sides: tuple[list[CellEdge], list[CellEdge]], label: float) -> tuple[list[_Exit], float, float]:
+def _exits(cell: Cell, sides: Sides, label: float) -> tuple[list[_Exit], float, float]:
     """All lines that turn into a lane, and how far the cell reaches to the left and to the right."""
     exits: list[_Exit] = []
     reach = []
@@ -215,43 +290,53 @@ def _exits(cell: Cell, sides: tuple[list[CellEdge], list[CellEdge]], label: floa
     return exits, reach[0], reach[1]
 
 
-def _turns(exits: Sequence[_Exit], rows: int) -> list[float]:
-    """Give each exit its level and drop; return how many levels the space below each row needs.
+def _turns(exits: Sequence[_Exit], rows: int, wide: float) -> tuple[float, ...]:
+    """Give each exit its level and drop; return how deep the levels below each row reach. `wide`: of an input.
 
     The farthest lane turns first (highest) and drops outermost, so that lines of one node never cross each other.
     """
     needed = []
     for row in range(rows):
         here = [x for x in exits if _row(x.source) == row]
-        depth = 0
-        for side in (-1, 1):
-            ordered = sorted((x for x in here if x.side == side), key=lambda x: -x.reach)
-            for level, leaving in enumerate(ordered):
+        left, right = (sorted((x for x in here if x.side == side), key=lambda x: -x.reach) for side in (-1, 1))
+        # what leaves the left input to the right meets what leaves the right one to the left: no level for both
+        crossing = [(i, j) for i, x in enumerate(left) for j, y in enumerate(right) if x.source > y.source]
+        lower = next(k for k in itertools.count() if all(i != j + k for i, j in crossing))
+        for first, ordered in ((0, left), (lower, right)):
+            for level, leaving in enumerate(ordered, first):
                 leaving.level = _LEVEL * level
-            depth = max(depth, len(ordered))
+        depth = max(len(left), lower + len(right) if right else 0)
         for source in {x.source for x in here}:
             own = [x for x in here if x.source == source]
             own.sort(key=lambda x: x.side * x.reach)
+            half = (wide / 2 if source < 2 else STATE_RADIUS) - 3.0
+            step = min(_DROP, 2 * half / max(1, len(own) - 1))  # many lines move together: all leave from the rim
             for place, leaving in enumerate(own):
-                leaving.drop = (place - (len(own) - 1) / 2) * _DROP
+                leaving.drop = (place - (len(own) - 1) / 2) * step
         needed.append(_LEVEL * max(0, depth - 1))
-    return needed
+    return tuple(needed)
 
 
-def lay_out_cell(cell: Cell, label: float) -> tuple[Drawing, float, float]:
-    """Lay one cell out around x = 0; returns the drawing and its reach to the left and right.
-
-    `label` is the width of every operation's label: one width for all, so that they stand in columns.
-    """
-    drawing = Drawing()
-    sides = _sides(cell)
-    exits, left, right = _exits(cell, sides, label)
-    rows = cell.states + 1
-    needed = _turns(exits, rows)
-    names = {state: f"{cell.name}_{state_text(state)}" for state in range(cell.states + 2)}
-    centres: dict[int, Point] = {}
+def room_of(cell: Cell, sides: Sides, label: float = 0.0) -> Room:
+    """The least room that a cell takes with its operations on these sides and labels of at least that width."""
+    label = max(label, *(tag_width(edge) for edge in cell.edges))
     high = INPUT_HEIGHT + (CHIPS_HEIGHT if any(cell.inputs) else 0.0)
     wide = max(INPUT_WIDTH, *(chips_width(chips) + 14 for chips in cell.inputs))
+    exits, left, right = _exits(cell, sides, label)
+    return Room(label, wide, high, _turns(exits, cell.states + 1, wide), left, right)
+
+
+def lay_out_cell(cell: Cell, sides: Sides, room: Room) -> Drawing:
+    """Lay one cell out around x = 0, in its room or a larger one.
+
+    All operations' labels have one width, so that they stand in columns.
+    """
+    drawing = Drawing()
+    label, wide, high, needed = room.label, room.wide, room.high, room.needed
+    exits, _, _ = _exits(cell, sides, label)
+    _turns(exits, cell.states + 1, wide)
+    names = {state: f"{cell.name}_{state_text(state)}" for state in range(cell.states + 2)}
+    centres: dict[int, Point] = {}
     y = high / 2
     for state in range(2):
         centres[state] = ((state - 0.5) * (wide + 18), y)
@@ -289,38 +374,115 @@ def lay_out_cell(cell: Cell, label: float) -> tuple[Drawing, float, float]:
             Line(names[last], output, [(0.0, centres[last][1] + STATE_RADIUS), (0.0, y - INPUT_HEIGHT / 2)])
         )
     drawing.height = y + INPUT_HEIGHT / 2
-    return drawing, left, right
+    return drawing
 
 
-def lay_out(cells: Sequence[Cell], *, title: str, legend: Sequence[tuple[str, str]]) -> Drawing:
-    """Lay the cells out side by side in one picture, each in its frame, with the legend below.
+@dataclass(frozen=True)
+class Plan:
+    """How several cells share a picture: the side of each operation, and the room of each cell."""
 
-    `legend` lists (text, colour), in order; empty: no legend.
+    sides: tuple[Sides, ...]
+    rooms: tuple[Room, ...]
+
+
+def label_width(cells: Iterable[Cell]) -> float:
+    """Width of the widest operation's label."""
+    return max(tag_width(edge) for cell in cells for edge in cell.edges)
+
+
+def plan_picture(cells: Sequence[Cell]) -> Plan:
+    """The plan of one picture."""
+    (plan,) = plan_pictures([cells])
+    return plan
+
+
+def plan_pictures(pictures: Sequence[Sequence[Cell]]) -> list[Plan]:
+    """The plans of pictures that follow each other: nodes and labels stay where they are, and so does every operation
+    that two pictures have in common.
     """
-    label = max(tag_width(edge) for cell in cells for edge in cell.edges)
-    parts = [lay_out_cell(cell, label) for cell in cells]
+    label = label_width(cell for cells in pictures for cell in cells)
+    sides: list[tuple[Sides, ...]] = []
+    for cells in pictures:
+        before = sides[-1] if sides else [None] * len(cells)
+        sides.append(tuple(choose_sides(cell, old) for cell, old in zip(cells, before, strict=True)))
+    rooms: list[Room] = []
+    for k, column in enumerate(zip(*pictures, strict=True)):
+        several = [room_of(cell, side[k], label) for cell, side in zip(column, sides, strict=True)]
+        rooms.append(functools.reduce(Room.joined, several))
+    return [Plan(side, tuple(rooms)) for side in sides]
+
+
+def lay_out(
+    cells: Sequence[Cell],
+    *,
+    title: str,
+    legend: Sequence[tuple[str, str]],
+    widths: Sequence[tuple[str, float]] = (),
+    plan: Plan | None = None,
+) -> Drawing:
+    """Lay the cells out side by side in one picture, each in its frame, with the legends below.
+
+    `legend` lists (text, colour), in order, `widths` (text, points); empty: no such legend. `plan`: as `plan_picture`
+    gives it, perhaps with larger rooms.
+    """
+    plan = plan or plan_picture(cells)
+    parts = [lay_out_cell(cell, *how) for cell, *how in zip(cells, plan.sides, plan.rooms, strict=True)]
     top = _MARGIN + (_TITLE if title else 0.0)
-    height = max(part.height for part, _, _ in parts)
-    whole = Drawing(title=title, legend=list(legend))
-    x = _MARGIN
-    for cell, (part, left, right) in zip(cells, parts, strict=True):
-        width = left + right + 2 * _FRAME
+    height = max(part.height for part in parts)
+    whole = Drawing(title=title, legend=list(legend), widths=list(widths))
+    frames = sum(room.left + room.right + 2 * _FRAME + _MARGIN for room in plan.rooms) + _MARGIN
+    whole.width = max(frames, legends_width(whole))
+    x = _MARGIN + (whole.width - frames) / 2
+    for cell, part, room in zip(cells, parts, plan.rooms, strict=True):
+        left, width = room.left, room.left + room.right + 2 * _FRAME
         frame = Box(x + width / 2, top + (height + _TITLE + 2 * _FRAME) / 2, width, height + _TITLE + 2 * _FRAME)
         whole.frames.append(Frame(cell.title, frame))
-        dx, dy = x + _FRAME + left, top + _FRAME + _TITLE
-        for node in part.nodes:
-            whole.nodes.append(Node(node.name, node.text, node.kind, node.box.shifted(dx, dy), node.chips))
-        for line in part.lines:
-            tag = line.tag.shifted(dx, dy) if line.tag else None
-            points = [(px + dx, py + dy) for px, py in line.points]
-            whole.lines.append(Line(line.tail, line.head, points, line.edge, tag))
+        placed = part.shifted(x + _FRAME + left, top + _FRAME + _TITLE)
+        whole.nodes += placed.nodes
+        whole.lines += placed.lines
         x += width + _MARGIN
-    whole.width = x
     whole.height = top + height + _TITLE + 2 * _FRAME + _MARGIN
-    if legend:
-        whole.legend_y = whole.height + _LEGEND / 2 - _MARGIN / 2
-        whole.height += _LEGEND
+    add_legends(whole)
     return whole
+
+
+def add_legends(drawing: Drawing) -> None:
+    """Make room for the drawing's legends at its lower end."""
+    if drawing.legend:
+        drawing.legend_y = drawing.height + _LEGEND / 2 - _MARGIN / 2
+        drawing.height += _LEGEND
+    if drawing.widths:
+        drawing.widths_y = drawing.height + (_WIDTHS - _MARGIN) / 2 - (_MARGIN / 2 if drawing.legend else 0)
+        drawing.height += _WIDTHS
+
+
+def _legend_item(text: str) -> float:
+    """Width of a legend's entry: its sample, the text, and the distance to the next one."""
+    return SWATCH + 8 + text_width(text, LEGEND_SIZE) + 10
+
+
+def _legend_width(intro: str, entries: Sequence[tuple[str, object]]) -> float:
+    return text_width(intro, LEGEND_SIZE) + 10 + sum(_legend_item(text) for text, _ in entries)
+
+
+def legend_places(drawing: Drawing, intro: str, entries: Sequence[tuple[str, object]]) -> list[float]:
+    """Left ends of the legend's introduction and of every entry's sample; the text stands SWATCH + 6 behind it."""
+    x = (drawing.width - _legend_width(intro, entries)) / 2
+    places = [x]
+    x += text_width(intro, LEGEND_SIZE) + 10
+    for text, _ in entries:
+        places.append(x)
+        x += _legend_item(text)
+    return places
+
+
+def legends_width(drawing: Drawing) -> float:
+    """The least width of a canvas that shows the drawing's title and legends whole."""
+    needed = [text_width(drawing.title, TITLE_SIZE, bold=True)]
+    for intro, entries in ((LEGEND_INTRO, drawing.legend), (WIDTHS_INTRO, drawing.widths)):
+        if entries:
+            needed.append(_legend_width(intro, entries))
+    return max(needed) + 2 * _MARGIN
 
 
 def rounded(points: Sequence[Point], radius: float = 7.0) -> list[Point]:

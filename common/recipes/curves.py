@@ -47,7 +47,12 @@ PANELS = (
     Panel("reward", {"reward": "reward", "baseline": "its moving average"}),
     Panel(
         "cost, M BitOps",
-        {"expected_bitops": "expected", "exact_bitops": "exact", "exact_bitops_quantized": "exact, quantised layers"},
+        {
+            "expected_bitops": "expected",
+            "exact_bitops": "exact",
+            "exact_bitops_quantized": "exact, quantised layers",
+            "steered_bitops": "exact, as steered",
+        },
         factor=1e-6,
     ),
     Panel(
@@ -55,7 +60,12 @@ PANELS = (
         {"skip_share": "skip connections", "parameter_free_share": "without parameters"},
         factor=100.0,
     ),
-    Panel("learning rate", {"learning_rate": "weights"}, logarithmic=True),
+    Panel("multiplier of the cost", {"cost_multiplier": "multiplier"}),
+    Panel(
+        "learning rate",
+        {"learning_rate": "weights", "gamma_learning_rate": "gammas", "arch_learning_rate": "alphas"},
+        logarithmic=True,
+    ),
 )
 _COLUMNS = 3
 
@@ -95,9 +105,7 @@ def _number(text: object) -> float:
 def draw_curves(folder: Path, form: str = "svg") -> bytes:
     """The picture of a run's curves, in `form` svg, png or pdf. Raises ValueError as `read_metrics`."""
     found = read_metrics(folder)
-    drawn = [(panel, shown) for panel in PANELS if (shown := _shown(panel, found))]
-    if not drawn:
-        raise ValueError(f"{folder / 'metrics.csv'}: holds none of the curves; name a run of a search or a training")
+    drawn = _drawn(folder, found)
     across = min(_COLUMNS, len(drawn))
     down = -(-len(drawn) // across)
     with canvas(3.9 * across, 2.7 * down + 0.3) as figure:
@@ -108,6 +116,24 @@ def draw_curves(folder: Path, form: str = "svg") -> bytes:
         for axes in list(grid.flat)[len(drawn) :]:
             axes.set_axis_off()
         return saved(figure, form)
+
+
+def draw_panels(folder: Path) -> dict[str, bytes]:
+    """The same curves, an SVG a panel, by the panel's title: for a page that arranges them. Raises as `draw_curves`."""
+    found, pictures = read_metrics(folder), {}
+    for panel, shown in _drawn(folder, found):
+        with canvas(3.9, 2.7) as figure:
+            _plot(figure.add_subplot(), panel, [epoch + 1 for epoch in found["epoch"]], shown)
+            pictures[panel.title] = saved(figure, "svg")
+    return pictures
+
+
+def _drawn(folder: Path, found: Mapping[str, list[float]]) -> list[tuple[Panel, dict[str, list[float]]]]:
+    """The panels for which there are numbers; ValueError where there is none."""
+    drawn = [(panel, shown) for panel in PANELS if (shown := _shown(panel, found))]
+    if not drawn:
+        raise ValueError(f"{folder / 'metrics.csv'}: holds none of the curves; name a run of a search or a training")
+    return drawn
 
 
 def _shown(panel: Panel, found: Mapping[str, list[float]]) -> dict[str, list[float]]:
@@ -137,4 +163,6 @@ def _plot(axes: Axes, panel: Panel, epochs: list[float], shown: Mapping[str, lis
         axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    # below the axis and its name, where it covers nothing
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 3.9}
+    axes.legend(frameon=False, fontsize=8, ncols=2, columnspacing=1.2, **below)

@@ -104,6 +104,10 @@ def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, 
         "betas": {kind: _rounded(edge_softmax(logits, model.nodes)) for kind, logits in betas.items()} or None,
         # The mean probability of each bit-width, by kind of cell and operand.
         "gammas": {name: _rounded(g.softmax(-1).flatten(0, -2).mean(0)) for name, g in model.gammas.items()},
+        # The same by place: [cells, edges, bits], the mean over an edge's primitives, or [convolutions, bits].
+        "gammas_by_place": {name: _rounded(_by_place(g), 4) for name, g in model.gammas.items()},
+        "primitives": list(getattr(model, "primitives", ())) or None,
+        "bit_choices": list(getattr(model, "bits", None) or ()) or None,
     }
     if controller is not None:
         row["cost_multiplier"] = float(controller.multiplier)
@@ -122,8 +126,14 @@ def _entropy(logits: Mapping[str, Tensor]) -> float | None:
     return float(entropy(torch.cat([table.flatten(0, -2) for table in logits.values()]))) if len(logits) else None
 
 
-def _rounded(values: Tensor) -> list[Any]:
-    return torch.round(values.double(), decimals=6).tolist()
+def _by_place(logits: Tensor) -> Tensor:
+    """Probabilities of the bit-widths by place: [cells, edges, primitives, bits] -> [cells, edges, bits]."""
+    probabilities = logits.softmax(-1)
+    return probabilities.mean(2) if probabilities.dim() == 4 else probabilities
+
+
+def _rounded(values: Tensor, decimals: int = 6) -> list[Any]:
+    return torch.round(values.double(), decimals=decimals).tolist()
 
 
 def epoch_text(row: dict[str, Any]) -> str:

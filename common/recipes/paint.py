@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy import ndarray
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Of Okabe and Ito (2008), without their yellow."""
@@ -39,3 +40,11 @@ def saved(figure: Figure, form: str) -> bytes:
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}[form]
     figure.savefig(buffer, format=form, dpi=2 * PIXELS if form == "png" else PIXELS, metadata=metadata)
     return buffer.getvalue()
+
+
+def pixels(figure: Figure) -> ndarray:
+    """The figure as RGB, uint8 [height, width, 3], at PIXELS an inch."""
+    import numpy as np
+
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]

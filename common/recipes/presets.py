@@ -124,6 +124,7 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 16,
             "steps_per_epoch": 2,
             "log_every": 1,
+            "plots": False,
         },
         train={
             **_SMALL_TRAIN,
@@ -133,6 +134,7 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 16,
             "steps_per_epoch": 3,
             "log_every": 1,
+            "plots": False,  # they would take longer than the training
         },
     ),
 }

@@ -18,8 +18,8 @@ from common.recipes.contents import CONTENTS
 _INCIDENTAL = frozenset(
     (
         *("seed", "arch", "run", *CONTENTS, "data", "save", "runs", "resume", "preset", "config", "print_config"),
-        *("list_presets", "dry_run", "log_every", "checkpoint_minutes", "tensorboard", "workers", "threads", "quiet"),
-        "allow_config_change",
+        *("list_presets", "dry_run", "log_every", "checkpoint_minutes", "tensorboard", "plots", "workers"),
+        *("threads", "quiet", "allow_config_change"),
     )
 )
 # whether, but not which: paths differ from seed to seed

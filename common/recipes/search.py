@@ -35,6 +35,7 @@ from common.recipes.findings import (
 )
 from common.recipes.parts import save_parts
 from common.recipes.plan import plan_search
+from common.recipes.plots import plot_run, show_choices
 from common.recipes.search_setup import PreparedSearch, prepare_search
 from common.recipes.setup import open_run, tell
 from common.recipes.trained import cost_text, evaluate_split
@@ -101,6 +102,7 @@ def run_search(
             run.log(note)
         if config.search_fraction is not None and prepared.parts is not None:
             save_parts(run, prepared.parts)
+        show_choices(run, config)
         outcome = search(
             prepared.supernet,
             run=run,
@@ -111,6 +113,7 @@ def run_search(
             **prepared.loop,
         )
         result = _conclude(run, prepared, method, hooks, outcome)
+        plot_run(run, config)
         run.finish(result)
         return read_json(run.folder / "result.json")
 
@@ -134,8 +137,11 @@ def _record(run: Run, prepared: PreparedSearch, hooks: SearchHooks, epoch: int, 
     row = epoch_row(prepared, figures) | more
     run.history(row, epoch=epoch)
     scalars = {key: value for key, value in row.items() if isinstance(value, float)}
-    scalars |= {key: figures[key] for key in ("learning_rate", "images_per_second", "seconds")}
+    rates = [key for key in figures if key.endswith("learning_rate")]
+    scalars |= {key: figures[key] for key in (*rates, "images_per_second", "seconds")}
     scalars["peak_memory_mb"] = peak_memory_mb(prepared.device)
+    if run.columns is not None:  # a run that an older version began may lack some
+        scalars = {key: value for key, value in scalars.items() if key in run.columns}
     steps = prepared.loop["train_stream"].steps_per_epoch
     run.metrics({"epoch": epoch, **scalars}, step=(epoch + 1) * steps)
     run.log(epoch_text(row) + "".join(f"; {name.replace('_', ' ')} {value:.4g}" for name, value in more.items()))
@@ -160,10 +166,10 @@ def _conclude(
         "version": versions().get("project"),
     }
     architecture = model.architecture(plain(provenance))
+    row = epoch_row(prepared, summary)
     if distributed.is_main():
         run.artefact("architecture", architecture.save(run.folder / "architecture.json"))
-        _draw(run, architecture)
-    row = epoch_row(prepared, summary)
+        _draw(run, architecture, row)
     command = train_command(config, method, run.folder, hooks.train_flags)
     run.log(f"genotype = {genotype_text(architecture.genotype)}")
     if warning := collapse_warning(row):
@@ -200,11 +206,12 @@ def _conclude(
     }
 
 
-def _draw(run: Run, architecture: Architecture) -> None:
+def _draw(run: Run, architecture: Architecture, row: dict[str, Any]) -> None:
+    from common.recipes.chosen import margins_of
     from common.recipes.pictures import draw_cells
 
     try:
-        for path in draw_cells(architecture, run.folder / "cells"):
+        for path in draw_cells(architecture, run.folder / "cells", margins=margins_of(row, architecture)):
             run.artefact(path.name.replace(".", "_"), path)
     except (ValueError, ImportError) as error:  # a search of hours must not fail for its picture
         run.log(f"no picture: {error}")

@@ -27,15 +27,8 @@ from common.recipes.rows import (
     usual_size,
 )
 
-_LEFT = (
-    "method",
-    "architecture",
-    "search",
-    "run",
-    "accuracy %",
-    "size",
-    "device",
-)  # columns of text; all others are aligned right
+LEFT = ("method", "architecture", "search", "run", "accuracy %", "size", "device")
+"""Columns of text; all others are aligned right."""
 _LATEX = str.maketrans(
     {character: "\\" + character for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -89,7 +82,7 @@ def _markdown(table: Table) -> str:
     for name, cells in table.columns.items():
         cells = [name, *(cell.replace("|", "\\|") for cell in cells)]
         width = max(2, *map(len, cells))
-        left = name in _LEFT
+        left = name in LEFT
         padded = [f"{cell:<{width}}" if left else f"{cell:>{width}}" for cell in cells]
         columns.append([padded[0], "-" * width if left else "-" * (width - 1) + ":", *padded[1:]])
     lines = "".join("| " + " | ".join(line) + " |\n" for line in zip(*columns, strict=True))
@@ -105,7 +98,7 @@ def to_latex(rows: Sequence[Row]) -> str:
 def _latex(table: Table) -> str:
     lines = [list(table.columns), *zip(*table.columns.values(), strict=True)]
     head, *body = [" & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in lines]
-    shape = "".join("l" if name in _LEFT else "r" for name in table.columns)
+    shape = "".join("l" if name in LEFT else "r" for name in table.columns)
     caption = ". ".join(text for text in (table.title, table.shared) if text)
     return "\n".join(
         [

@@ -27,6 +27,7 @@ from common.nets import Architecture, Network, build_network, load_architecture
 from common.recipes.elapsed import time_before
 from common.recipes.matching import match_channels, matching_text
 from common.recipes.plan import plan_training, silent_run
+from common.recipes.plots import plot_run
 from common.recipes.setup import (
     lay_out,
     load_data,
@@ -195,6 +196,7 @@ def run_training(config: Config, *, method: str, on_step: Callable[[int], None] 
         )
         result = _result(prepared, outcome.epochs, outcome.steps, outcome.selected_epoch, outcome.row)
         run.log(result_text(result))
+        plot_run(run, config)
         run.finish(result)
         return read_json(run.folder / "result.json")
 

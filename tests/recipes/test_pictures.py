@@ -6,21 +6,25 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+import string
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
 import numpy
 import pytest
+import torch
 
 from common.nets.architecture import Architecture, BitPolicy, CellBits, needs_bits
-from common.recipes import pictures
-from common.recipes.cell_layout import Box, Drawing, Line, rounded
+from common.nets.enas_space import SPACE, parse_cells, random_cells
+from common.recipes import cell_layout, cell_style, pictures
+from common.recipes.cell_layout import LETTER_WIDTH, Box, Drawing, rounded
 from genotypes import GENOTYPES, Genotype
+from tests.helpers.drawings import apart, assert_nothing_is_cut_or_covered, inside, segments
 
 DOT = pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz' dot")
 PAINTERS = [pytest.param("graphviz", marks=DOT), "matplotlib"]
-COLOURS = pictures.BIT_COLOURS | {0: pictures.MIXED_COLOUR}
+COLOURS = cell_style.BIT_COLOURS | {0: cell_style.MIXED_COLOUR}
 TWO_NODES = Genotype(
     normal=(("sep_conv_3x3", 0), ("skip_connect", 1), ("avg_pool_3x3", 2), ("max_pool_3x3", 0)),
     normal_concat=(2, 3),
@@ -44,51 +48,23 @@ def searched(genotype: Genotype) -> Architecture:
     return Architecture(genotype, BitPolicy(cells=tuple(cells)), name="searched")
 
 
-def inside(inner: Box, outer: Box) -> bool:
-    return (
-        abs(inner.x - outer.x) + inner.width / 2 <= outer.width / 2 + 1e-9
-        and abs(inner.y - outer.y) + inner.height / 2 <= outer.height / 2 + 1e-9
-    )
-
-
-def apart(one: Box, other: Box, gap: float = 0.0) -> bool:
-    return (
-        abs(one.x - other.x) >= (one.width + other.width) / 2 + gap
-        or abs(one.y - other.y) >= (one.height + other.height) / 2 + gap
-    )
-
-
-def segments(line: Line) -> list[Box]:
-    """A line's straight parts as boxes without width."""
-    return [
-        Box((a[0] + b[0]) / 2, (a[1] + b[1]) / 2, abs(a[0] - b[0]), abs(a[1] - b[1]))
-        for a, b in itertools.pairwise(line.points)
-    ]
-
-
 def layouts() -> list[Drawing]:
     found = []
     for genotype in [*GENOTYPES.values(), TWO_NODES]:
         found.append(pictures.lay_out_architecture(Architecture(genotype)))
         found.append(pictures.lay_out_architecture(searched(genotype)))
+    generator = torch.Generator().manual_seed(7)
+    for blocks in (1, 2, 3, 5, 5, 5, 5, 8, 8):
+        found.append(pictures.lay_out_architecture(Architecture(random_cells(blocks, generator), space=SPACE)))
+    # everything reads the inputs crosswise; everything reads one state; both inputs go unread
+    for text in ("1 0 0 1 1 2 0 3 1 4 0 0", "0 0 0 0 2 0 2 0 2 1 2 1 2 2 2 2 2 3 2 4 2 0 2 1"):
+        found.append(pictures.lay_out_architecture(Architecture(parse_cells(f"{text} {text}"), space=SPACE)))
     return found
 
 
 def test_nothing_is_cut_and_nothing_covers_a_label() -> None:
     for drawing in layouts():
-        canvas = Box(drawing.width / 2, drawing.height / 2, drawing.width, drawing.height)
-        assert all(inside(frame.box, canvas) for frame in drawing.frames)
-        tags = [line.tag for line in drawing.lines if line.tag is not None]
-        boxes = [node.box for node in drawing.nodes] + tags
-        for box in boxes + [part for line in drawing.lines for part in segments(line)]:
-            assert any(inside(box, frame.box) for frame in drawing.frames)
-        for one, other in itertools.combinations(boxes, 2):
-            assert apart(one, other, 3.0)
-        for line in drawing.lines:
-            others = [tag for tag in tags if tag is not line.tag]
-            assert all(apart(part, tag, 3.0) for part in segments(line) for tag in others)
-            around = [node.box for node in drawing.nodes if node.name not in (line.tail, line.head)]
-            assert all(apart(part, box, 3.0) for part in segments(line) for box in around)
+        assert_nothing_is_cut_or_covered(drawing)
 
 
 def test_operations_never_run_on_top_of_each_other() -> None:
@@ -98,6 +74,17 @@ def test_operations_never_run_on_top_of_each_other() -> None:
             for a, b in itertools.product(segments(one), segments(other)):
                 if (a.width == 0) == (b.width == 0):  # parallel ones keep their distance, others may cross
                     assert apart(a, b, 2.0), (one, other)
+
+
+def test_many_lines_of_one_state_all_leave_from_its_rim() -> None:
+    text = " ".join(["0 0 1 0", *["2 0 2 1"] * 7])
+    drawing = pictures.lay_out_architecture(Architecture(parse_cells(f"{text} {text}"), space=SPACE))
+    boxes = {node.name: node.box for node in drawing.nodes}
+    starts = [line.points[0] for line in drawing.lines if line.tail == "normal_0"]
+    assert len(starts) == 14 and len(set(starts)) == 14
+    for x, y in starts:
+        circle = boxes["normal_0"]
+        assert abs(((x - circle.x) ** 2 + (y - circle.y) ** 2) ** 0.5 - circle.width / 2) < 1e-6
 
 
 def test_lines_join_the_states_that_the_genotype_names() -> None:
@@ -151,6 +138,43 @@ def test_svg_says_every_operation_state_and_bit(tmp_path: Path, painter: str) ->
     assert "32 bits (float)" not in said
 
 
+def drawn_widths(svg: Path, painter: str) -> Counter[float]:
+    """Width of every curve in the picture but those of width 1: thin strokes are rims of boxes too."""
+    if painter == "graphviz":
+        root = ElementTree.parse(svg).getroot()
+        paths = [item for item in root.iter() if item.tag.endswith("}path") and item.attrib["fill"] == "none"]
+        return Counter(round(float(item.attrib.get("stroke-width", 1)), 2) for item in paths)
+    found = re.findall(r'style="fill: none;[^"]*stroke-width: ([\d.]+)', svg.read_text())
+    return Counter(round(float(width), 2) for width in found)
+
+
+@pytest.mark.parametrize("painter", PAINTERS)
+def test_lines_are_as_wide_as_the_choices_are_sure(tmp_path: Path, painter: str) -> None:
+    """1 + 3.6 sqrt(margin) points, and a legend that says which margin has which width."""
+    genotype = GENOTYPES["DARTS_V1"]
+    margins = {"normal": [0.04, 0.09, 0.16, 0.25, 0.36, 0.49, 0.64, 0.81], "reduce": [0.0004] * 8}
+    architecture = Architecture(genotype)
+    (path,) = pictures.draw_cells(architecture, tmp_path / "a", formats=["svg"], margins=margins, painter=painter)
+    widths = drawn_widths(path, painter)
+    for margin in margins["normal"]:
+        assert widths[round(1 + 3.6 * margin**0.5, 2)] == 1, (margin, widths)
+    assert widths[round(1 + 3.6 * 0.02, 2)] == 8
+    said = texts(path)
+    assert "line width, by how much the choice leads in the softmax:" in said
+    assert {"0", "0.01", "0.1", "0.5", "1"} <= set(said)
+    (plain,) = pictures.draw_cells(architecture, tmp_path / "b", formats=["svg"], painter=painter)
+    assert drawn_widths(plain, painter)[1.6] == 16 and not any("softmax" in text for text in texts(plain))
+
+
+def test_pixels_and_svg_of_cells_for_other_pictures() -> None:
+    architecture = searched(TWO_NODES)
+    small, large = (pictures.cells_rgb(architecture, dpi=dpi) for dpi in (50, 100))
+    assert small.dtype == numpy.uint8 and small.shape[2] == 3
+    assert abs(large.shape[1] - 2 * small.shape[1]) <= 2 and len(numpy.unique(large.reshape(-1, 3), axis=0)) > 50
+    assert (large == [int(COLOURS[2][at : at + 2], 16) for at in (1, 3, 5)]).all(axis=2).sum() > 100
+    assert ElementTree.fromstring(pictures.cells_svg(architecture, title="mine")).tag.endswith("svg")
+
+
 @DOT
 def test_graphviz_tooltip_is_the_whole_label(tmp_path: Path) -> None:
     architecture = Architecture(GENOTYPES["DARTS_V2"]).with_uniform_bits(2, 4)
@@ -177,6 +201,43 @@ def test_five_blocks_fit_with_every_letter_on_the_canvas(tmp_path: Path, painter
         assert top <= y - size + shift[1] and y + shift[1] <= top + height
 
 
+@pytest.mark.parametrize("painter", PAINTERS)
+def test_long_titles_and_legends_widen_the_canvas(tmp_path: Path, painter: str) -> None:
+    """Two micro cells of a block are narrow; the legend of many bits and a long title are not."""
+    layers = {f"cells.{cell}.preprocess{n}.op.1": (1 + cell % 4, 8) for cell in range(6) for n in (0, 1)}
+    layers |= {f"cells.{cell}.operations.{k}.op.1": (32, 2) for cell in range(6) for k in range(4)}
+    architecture = Architecture(TWO_NODES, BitPolicy(layers=layers))
+    margins = {"normal": [0.5] * 4, "reduce": [0.5] * 4}
+    title = "MMMM_WWWW-" * 12
+    drawing = pictures.lay_out_architecture(architecture, title=title, margins=margins)
+    (path,) = pictures.draw_cells(
+        architecture, tmp_path / "cells", formats=["svg"], title=title, margins=margins, painter=painter
+    )
+    assert title in texts(path)
+    for text, size, weight in ((title, 15, "bold"), ("differs within or between cells", 11, "normal")):
+        assert cell_layout.text_width(text, size, weight == "bold") >= drawn_width(text, size, weight)
+    total = drawn_width(cell_layout.LEGEND_INTRO, 11, "normal") + 30 * len(drawing.legend)
+    total += sum(drawn_width(text, 11, "normal") for text, _ in drawing.legend)
+    assert drawing.width >= max(total, drawn_width(title, 15, "bold")) + 10
+    left, *places = cell_layout.legend_places(drawing, cell_layout.LEGEND_INTRO, drawing.legend)
+    assert left >= 5 and places == sorted(places)
+    assert places[-1] + 22 + drawn_width(drawing.legend[-1][0], 11, "normal") <= drawing.width - 5
+
+
+def drawn_width(text: str, size: float, weight: str) -> float:
+    """What the painter's font takes for a text, in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    return TextPath((0, 0), text, size=size, prop=FontProperties(family="DejaVu Sans", weight=weight)).get_extents().x1
+
+
+def test_letters_are_never_wider_than_the_layout_thinks() -> None:
+    for letter in (*string.ascii_letters, *string.digits, *"#%&*+,-./:;<=>?@[]^_{|}~()!"):
+        for weight in ("normal", "bold"):
+            assert cell_layout.text_width(letter, 12, weight == "bold") >= drawn_width(letter, 12, weight), letter
+
+
 def test_matplotlib_text_fits_its_label(tmp_path: Path) -> None:
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
@@ -184,7 +245,7 @@ def test_matplotlib_text_fits_its_label(tmp_path: Path) -> None:
     font = FontProperties(family="DejaVu Sans Mono")
     for text in ("conv_7x1_1x7", "w2-4", "a32"):
         extent = TextPath((0, 0), text, size=11, prop=font).get_extents()
-        assert extent.x1 <= pictures.LETTER_WIDTH * len(text)
+        assert extent.x1 <= LETTER_WIDTH * len(text)
 
 
 @pytest.mark.parametrize("painter", PAINTERS)
@@ -284,6 +345,6 @@ def test_text_on_chips_has_contrast() -> None:
         values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in values]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        text = 1.0 if pictures._on(colour) == "#FFFFFF" else 0.0
+        text = 1.0 if cell_style.on(colour) == "#FFFFFF" else 0.0
         high, low = max(text, luminance), min(text, luminance)
         assert (high + 0.05) / (low + 0.05) >= 4.5, colour
