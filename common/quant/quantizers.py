@@ -34,7 +34,8 @@ SUPPORTED_BITS = (*LOW_BITS, 8, FLOAT_BITS)
 SCHEMES = ("default", "reference")
 
 ZERO = 1e-9  # |x| below this is zero: exact cancellations must not depend on the summation order
-_TINY = 1e-12  # no scale is smaller: an all-zero tensor or channel must not divide 0 by 0
+TINY = 1e-12
+"""No scale is smaller: an all-zero tensor or channel must not divide 0 by 0."""
 _RANGE_MOMENTUM = 0.1  # weight of the newest batch in a running maximum
 
 
@@ -97,7 +98,7 @@ def _uniform(x: Tensor, bits: int, maximum: Tensor, signed: bool) -> Tensor:
     top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     bottom = -top if signed else 0
     with torch.no_grad():
-        maximum = maximum.to(x.dtype).clamp_min(_TINY)
+        maximum = maximum.to(x.dtype).clamp_min(TINY)
         scale = maximum / top
         value = (x / scale).round_().clamp_(bottom, top) * scale
         mask = (x >= -maximum if signed else x > -ZERO) & (x <= maximum)
@@ -117,9 +118,9 @@ def reference8(x: Tensor, dims: tuple[int, ...], groups: int = 1, reduction: Red
         low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
         if reduction is not None:
             low, high = -reduction.maximum(-low), reduction.maximum(high)
-        step = ((high - low) / 255).clamp_min(_TINY)
+        step = ((high - low) / 255).clamp_min(TINY)
         unsigned = (near / step).round_().clamp_(0, 255) * step
-        half = (2 * torch.maximum(low.abs(), high.abs()) / 255).clamp_min(_TINY)
+        half = (2 * torch.maximum(low.abs(), high.abs()) / 255).clamp_min(TINY)
         symmetric = (((near / half + 0.5).round_() - 0.5).clamp_(-127, 127)) * half
         least = low.view(groups, -1).amin(1).repeat_interleave(low.numel() // groups).view_as(low)
         non_negative = least >= -0.05
@@ -197,7 +198,7 @@ def quantize_weight(w: Tensor, bits: int, scheme: str = "gaussian", stacked: boo
         values = torch.stack([reference8(one, (0, 2, 3)) for one in stack])
         return values.reshape(w.shape)
     with torch.no_grad():
-        scale = (w.abs().amax(tuple(range(first + 1, w.dim())), keepdim=True) / 127).clamp_min(_TINY)
+        scale = (w.abs().amax(tuple(range(first + 1, w.dim())), keepdim=True) / 127).clamp_min(TINY)
         value = (w / scale).round_().clamp_(-127, 127) * scale
     return straight_through(w, value)
 
@@ -208,7 +209,7 @@ def _gaussian(w: Tensor, bits: int, dims: tuple[int, ...]) -> Tensor:
             deviation = w.abs()
         else:
             deviation = w.std(dims, keepdim=True)
-        step = (GAUSSIAN_STEP[bits] * deviation).clamp_min(_TINY)
+        step = (GAUSSIAN_STEP[bits] * deviation).clamp_min(TINY)
         bound = 2 ** (bits - 1) - 0.5
         value = ((w / step + 0.5).round_() - 0.5).clamp_(-bound, bound) * step
     return straight_through(w, value)
