@@ -1,58 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expected and exact BitOps of a network that searches bits, and EdMIPS's complexity, differentiable in the logits."""
+"""Expected and exact cost of a network that searches bits, and EdMIPS's complexity, differentiable in the logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from common.cost.counting import layer_cost, trace_layers
-from common.cost.expected import ACCOUNTINGS
+from common.cost.counting import trace_layers
+from common.cost.expected import bit_pairs, pair_shares
+from common.cost.measures import Counted, Measure
 from qsubnet.subnet import OPERANDS, Subnet
 
 
 class SubnetCost(nn.Module):
-    """BitOps of one image of `image_size` x `image_size`: sum over convolutions of size x weight x activation bits.
+    """Cost of one image of `image_size` x `image_size`: the sum over convolutions of a table over the pairs of bits.
 
-    The size is MACs ("exact" accounting, which also counts the ends, stem and classifier, at their own bits) or the
-    reference's group-blind count ("paper", without the ends). Expected bits are those of the softmax of the logits.
-    It is what `--target-bitops` steers (`common.cost.target.SteerableCost`).
+    For BitOps an entry is size x weight bits x activation bits. The size is MACs ("exact" accounting, which also
+    counts the ends, stem and classifier, at their own bits) or the reference's group-blind count ("paper", without the
+    ends). `measure` counts something else in place of BitOps. Expected bits are those of the softmax of the logits.
+    It is what a target steers (`common.cost.target.SteerableCost`).
+
+    Raises ValueError for a measure that no choice of bits changes: nothing else is searched here.
     """
 
-    def __init__(self, subnet: Subnet, image_size: int, *, accounting: str = "exact") -> None:
+    def __init__(
+        self, subnet: Subnet, image_size: int, *, accounting: str = "exact", measure: Measure | None = None
+    ) -> None:
         super().__init__()
-        if accounting not in ACCOUNTINGS:
-            raise ValueError(f"--cost-accounting: {accounting!r} is unknown; choose {' or '.join(ACCOUNTINGS)}")
-        subnet.network.check_input(image_size)
-        shapes = {s.name: s for s in trace_layers(subnet.network, (subnet.network.in_channels, image_size, image_size))}
-        exact = accounting == "exact"
-        size_of = {name: float(s.macs) if exact else s.paper_size for name, s in shapes.items()}
-        ends = [layer_cost(s).bitops for name, s in shapes.items() if name not in subnet.convolutions]
-        self.ends = float(sum(ends)) if exact else 0.0
+        self.measure: Measure = measure or Counted("bitops", accounting)
+        network, names = subnet.network, list(subnet.convolutions)
+        network.check_input(image_size)
+        rows, self.ends = self.measure.convolutions(network, image_size, names, bit_pairs(subnet.bits))
+        table = torch.tensor(rows, dtype=torch.float64)
+        self.register_buffer("table", table)
+        self.cheapest = self.ends + float(table.amin(-1).sum())
+        self.dearest = self.ends + float(table.amax(-1).sum())
+        if len(subnet.bits) > 1 and self.cheapest == self.dearest:
+            raise ValueError(
+                f"--cost {self.measure.name}: costs the same at all of the bits {', '.join(map(str, subnet.bits))}, and "
+                "this search chooses bits alone: nothing is left to steer; give --cost bitops or --cost memory"
+            )
+        self.unit = self._unit(subnet, image_size, table)
+
+    def _unit(self, subnet: Subnet, image_size: int, table: Tensor) -> float:
+        """What the term counts in: the first convolution at one bit. Another measure than BitOps begins as they do."""
+        counted = self.measure if isinstance(self.measure, Counted) else Counted()
+        shape = (subnet.network.in_channels, image_size, image_size)
+        sizes = {s.name: counted.size(s) for s in trace_layers(subnet.network, shape)}
         # shapes come in the order of the forward
-        self.first_size = next(size for name, size in size_of.items() if name in subnet.convolutions)
-        sizes = [size_of[name] for name in subnet.convolutions]
-        self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.float64))
-        self.register_buffer("bit_values", torch.tensor(subnet.bits, dtype=torch.float64))
-        whole = sum(sizes)
-        self.cheapest = self.ends + whole * min(subnet.bits) ** 2
-        self.dearest = self.ends + whole * max(subnet.bits) ** 2
+        first = next(size for name, size in sizes.items() if name in subnet.convolutions)
+        if self.measure.name == "bitops":
+            return first
+        bitops = sum(sizes[name] for name in subnet.convolutions) * (sum(subnet.bits) / len(subnet.bits)) ** 2
+        return float(table.mean(-1).sum()) / (bitops / first)
 
     def _searched(self, subnet: Subnet, hard: bool) -> Tensor:
-        """BitOps of the convolutions under search: at their expected, or their most probable bits."""
-        total = self.sizes
-        for operand in OPERANDS:
-            logits = subnet.bit_logits(operand).double()
-            total = total * (self.bit_values[logits.argmax(-1)] if hard else logits.softmax(-1) @ self.bit_values)
-        return total.sum()
+        """Cost of the convolutions under search: at their expected, or their most probable bits."""
+        probabilities = (subnet.bit_logits(operand).double().softmax(-1) for operand in OPERANDS)
+        return (self.table * pair_shares(*probabilities, hard)).sum()
 
     def forward(self, subnet: Subnet) -> Tensor:
-        """Expected BitOps (float64 scalar, differentiable in the logits)."""
+        """Expected cost in the measure's unit (float64 scalar, differentiable in the logits)."""
         return self._searched(subnet, hard=False) + self.ends
 
     @torch.no_grad()
     def exact(self, subnet: Subnet) -> Tensor:
-        """BitOps of the present choice (float64 scalar)."""
+        """Cost of the present choice (float64 scalar)."""
         return self._searched(subnet, hard=True) + self.ends
 
     def term(self, subnet: Subnet, share: float = 1.0) -> Tensor:
@@ -60,4 +73,4 @@ class SubnetCost(nn.Module):
 
         `share` is for architecture parameters, of which there are none.
         """
-        return (self._searched(subnet, hard=False) / self.first_size).float()
+        return (self._searched(subnet, hard=False) / self.unit).float()
