@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.quant import FLOAT_BITS, KBITS, TERNARY_BITS, QuantConv2d
+from common.quant.folding import Fold
 from common.quant.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, make_quantizer
 
 EPSILON = 1e-6
@@ -166,6 +167,10 @@ class SameConv2d(QuantConv2d):
         super().__init__(c_in, c_out, kernel, stride=stride, padding=padding, groups=groups)
         self.pads = kernel > 1 and not padding
 
+    def padder(self) -> Callable[[Tensor], Tensor] | None:
+        """ "SAME" padding where it is not the same on both sides."""
+        return partial(_pad_same, kernel=self.kernel_size[0], stride=self.stride[0]) if self.pads else None
+
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """x [B, c_in, H, W] -> [B, c_out, ceil(H / stride), ceil(W / stride)]."""
         value = self.quantize_activation(F.relu(x) if relu else x)
@@ -221,6 +226,10 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv, self.bn = kind.conv(c_in, c_out), norm(c_out)
 
+    def folds(self) -> list[Fold]:
+        """Which convolutions each normalisation follows."""
+        return [([self.conv], self.bn)]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in, H, W] -> [B, c_out, H, W]."""
         return self.bn(self.conv(x))
@@ -237,6 +246,10 @@ class FactorizedReduction(nn.Module):
         self.even = kind.conv(c_in, c_out // 2, quantize_input=quantize_input)
         self.odd = kind.conv(c_in, c_out // 2, quantize_input=quantize_input)
         self.bn = norm(c_out)
+
+    def folds(self) -> list[Fold]:
+        """Which convolutions each normalisation follows."""
+        return [([self.even, self.odd], self.bn)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c_in, H, W] -> [B, c_out, H / 2, W / 2]."""
@@ -263,6 +276,14 @@ class SeparableConv(nn.Module):
         if rescale and kind.quantizer == "kbit":
             for conv in (self.depthwise1, self.pointwise1, self.depthwise2, self.pointwise2):
                 conv.gradient_scale = math.sqrt(2 * channels * kernel * kernel / 1.5)
+
+    def folds(self) -> list[Fold]:
+        """Which convolutions each normalisation follows."""
+        return [([self.pointwise1], self.bn1), ([self.pointwise2], self.bn2)]
+
+    def sums(self) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
+        """Each convolution that reads the sums of another, after that one."""
+        return [(self.depthwise1, self.pointwise1), (self.depthwise2, self.pointwise2)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H / stride, W / stride]."""

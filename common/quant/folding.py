@@ -22,13 +22,14 @@ def fold_normalization(network: nn.Module) -> None:
     normalisation that nobody names stays.
     """
     for module in list(network.modules()):
-        for convolutions, normalization in _folds(module):
+        for convolutions, normalization in folds_of(module):
             _absorb(convolutions, normalization)
             name = next(name for name, child in module.named_children() if child is normalization)
             setattr(module, name, nn.Identity())
 
 
-def _folds(module: nn.Module) -> Iterable[Fold]:
+def folds_of(module: nn.Module) -> Iterable[Fold]:
+    """What a module says of its own children: which convolutions each normalisation follows directly."""
     if isinstance(module, nn.Sequential):
         return [
             ((first,), second)
@@ -38,17 +39,23 @@ def _folds(module: nn.Module) -> Iterable[Fold]:
     return module.folds() if hasattr(module, "folds") else []
 
 
-def _absorb(convolutions: Sequence[nn.Conv2d], normalization: nn.BatchNorm2d) -> None:
-    """gamma (conv(x) + b - mean) / sqrt(var + eps) + beta, written as a convolution with a bias."""
+def scale_and_shift(normalization: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a normalisation computes in evaluation mode: x scale + shift, both [channels], in its own precision."""
     mean, variance = normalization.running_mean, normalization.running_var
     assert mean is not None and variance is not None, "without running statistics there is nothing constant to fold"
     scale = (variance + normalization.eps).rsqrt()
     shift = torch.zeros_like(scale)
     if normalization.affine:
         scale, shift = normalization.weight * scale, normalization.bias
+    return scale, shift - mean * scale
+
+
+def _absorb(convolutions: Sequence[nn.Conv2d], normalization: nn.BatchNorm2d) -> None:
+    """gamma (conv(x) + b - mean) / sqrt(var + eps) + beta, written as a convolution with a bias."""
+    scale, shift = scale_and_shift(normalization)
     at = 0
     for convolution in convolutions:
         here = slice(at, at := at + convolution.out_channels)
         bias = 0 if convolution.bias is None else convolution.bias
         convolution.weight.mul_(scale[here].view(-1, 1, 1, 1))
-        convolution.bias = nn.Parameter(shift[here] + (bias - mean[here]) * scale[here])
+        convolution.bias = nn.Parameter(shift[here] + bias * scale[here])

@@ -35,10 +35,13 @@ The first sum is the accumulator; each of the others is an integer too, and only
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import singledispatch
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.quant.calibrated import CalibratedQuantizer, affine, equal_steps, twos_complement
@@ -281,3 +284,181 @@ def _(quantizer: DiscreteQuantizer, weight: Tensor | None) -> Grid:
 @quantizer_grid.register
 def _(quantizer: StochasticBinary, weight: Tensor | None) -> Grid:
     return Grid(1, 2, 2, -1, torch.ones(()), rounding="sign")
+
+
+# ------------------------------------------------------------------------------------------------- the reference engine
+
+_FLOAT32_EXACT, _FLOAT64_EXACT = 2**24, 2**53
+"""Up to here every integer is a number of that type, and so is every partial sum of a sum that stays below it."""
+
+
+class IntegerLayer(nn.Module):
+    """A layer in integers: input codes x weight codes, summed up exactly, and one rescaling per output channel.
+
+    `out = (sum + corrections) x rescale + shift`: the rescaling holds both scales and the normalisation that follows,
+    the corrections are those of grids with offsets (the module's head). Where one operand is full precision (`input`
+    None, or a float `weight`) the sum is one of floats, the rest stays.
+
+    The sums are computed in floats wherever a bound shows that these are exact (`carrier`), since torch's integer
+    convolutions are slow; `sums` gives them as integers, computed as integers on request.
+    """
+
+    folds_relu = True  # a ReLU before it comes to `forward`: most grids of activations hold it already
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        rescale: Tensor | None,
+        shift: Tensor | None = None,
+        weight_grid: Grid | None = None,
+        weight_offset: Tensor | None = None,
+        input_grid: Grid | None = None,
+        reads_sums: int = 0,
+    ) -> None:
+        """`weight`: codes (int16, with `weight_grid`) or values. `rescale`, `shift`: a scalar or [out]; a layer without
+        rescaling gives its sums. `weight_offset`: in codes, a scalar or [out]. `reads_sums`: the input is the sums of
+        another layer, of at most this magnitude.
+        """
+        super().__init__()
+        self.weight_grid, self.input_grid, self.reads_sums = weight_grid, input_grid, reads_sums
+        coded = weight_grid is not None
+        magnitudes = weight.double().abs().flatten(1).sum(1).amax() if coded and weight.numel() else 0.0
+        self.largest_sum = int(float(magnitudes) * (reads_sums or (input_grid.largest if input_grid else 0)))
+        """No sum of codes is larger, and no partial one."""
+        if self.largest_sum > _FLOAT64_EXACT:
+            raise ValueError(f"sums of up to {self.largest_sum:,} are beyond what this engine adds up exactly")
+        constants = {"weight": weight, "rescale": rescale, "shift": shift, "weight_offset": weight_offset}
+        constants |= {f"input_{name}": getattr(input_grid, name, None) for name in ("scale", "offset")}
+        constants["_carried"] = weight.to(self.carrier) if self.exact else None
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+
+    @property
+    def exact(self) -> bool:
+        """Whether both operands are codes, so that the sums are integers."""
+        return self.weight_grid is not None and (self.input_grid is not None or self.reads_sums > 0)
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The integer type that holds every sum."""
+        return torch.int32 if self.largest_sum < 2**31 else torch.int64
+
+    @property
+    def carrier(self) -> torch.dtype:
+        """The type of floats in which the sums are exact."""
+        return torch.float32 if self.largest_sum <= _FLOAT32_EXACT else torch.float64
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _ones(self, like: Tensor) -> Tensor:
+        """A weight of ones, one row for each group of channels."""
+        raise NotImplementedError
+
+    def _channels(self, constant: Tensor, like: Tensor) -> Tensor:
+        """A constant per output channel in a shape that broadcasts with an output, in the constants' type."""
+        constant = constant.to(like.dtype)
+        return constant.view(1, -1, *(1,) * (like.dim() - 2)) if constant.dim() else constant
+
+    def grid(self) -> Grid | None:
+        """The grid of the input, with the constants that this layer holds."""
+        if self.input_grid is None:
+            return None
+        return replace(self.input_grid, scale=self.input_scale, offset=self.input_offset)
+
+    def encode(self, x: Tensor, relu: bool = False) -> Tensor:
+        """x -> what is multiplied: its codes as floats; x itself where it is full precision or another layer's sums."""
+        grid = self.grid()
+        if relu and (grid is None or grid.lowest < 0 or grid.offset is not None):
+            x = x.relu()
+        return x if grid is None else encode(x, grid)
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """Sums of codes [B, in, ...] -> [B, out, ...], integers in the carrier's type (floats where not `exact`)."""
+        if not self.exact:
+            return self._multiply(codes, self.weight.to(codes.dtype))
+        if codes.is_cuda:  # whose float32 may multiply in fewer digits
+            return self._multiply(codes.double(), self._carried.double())
+        return self._multiply(codes.to(self.carrier), self._carried.to(self.carrier))
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """The same of integer operands by integer arithmetic, in the accumulator's type (CPU alone, and slow)."""
+        return self._multiply(codes.to(self.accumulator), self.weight.to(self.accumulator))
+
+    def corrections(self, codes: Tensor) -> Tensor | None:
+        """What offsets add to the sums of these codes, in codes; None where neither operand has one."""
+        q, p = self.weight_offset, None if self.input_offset is None else self.input_offset / self.input_scale
+        if q is None and p is None:
+            return None
+        # integers, but for a full-precision operand: sums over a window are exact in double
+        codes, added = codes.double(), None
+        ones = self._ones(codes)
+        if q is not None:
+            added = self._spread(self._multiply(codes, ones))
+            added = added * self._channels(q, added)
+        if p is not None:
+            inside = torch.ones_like(codes[:1])
+            border = self._multiply(inside, self.weight.double())
+            if q is not None:
+                border = border + self._spread(self._multiply(inside, ones)) * self._channels(q, border)
+            border = border * p.double()
+            added = border if added is None else added + border
+        return added
+
+    def _spread(self, sums: Tensor) -> Tensor:
+        """Sums of each group's window [B, groups, ...] -> [B, out, ...]."""
+        return sums.repeat_interleave(self.weight.shape[0] // sums.shape[1], 1)
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Values (or another layer's sums) [B, in, ...] -> values [B, out, ...], or sums where nothing rescales."""
+        codes = self.encode(x, relu)
+        total = self.accumulate(codes)
+        if self.rescale is None:
+            return total
+        added = self.corrections(codes)
+        if added is not None:
+            total = total.double() + added
+        total = total.to(self.rescale.dtype)
+        total = total * self._channels(self.rescale, total)
+        return total if self.shift is None else total + self._channels(self.shift, total)
+
+    def extra_repr(self) -> str:
+        weight = f"weight={self.weight_grid.bits} bits" if self.weight_grid else "weight=float"
+        read = f"{self.input_grid.bits} bits" if self.input_grid else "sums" if self.reads_sums else "float"
+        return f"{weight}, input={read}, sums to {self.largest_sum}"
+
+
+class IntegerConv2d(IntegerLayer):
+    """A convolution in integers; `pad` puts zeros around codes where its geometry has no symmetric padding."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        pad: Callable[[Tensor], Tensor] | None = None,
+        **constants: Any,
+    ) -> None:
+        super().__init__(weight, **constants)
+        self.stride, self.padding, self.dilation, self.groups, self.pad = stride, padding, dilation, groups, pad
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        x = x if self.pad is None else self.pad(x)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def _ones(self, like: Tensor) -> Tensor:
+        return torch.ones(self.groups, *self.weight.shape[1:], dtype=like.dtype, device=like.device)
+
+
+class IntegerLinear(IntegerLayer):
+    """A linear layer in integers."""
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def _ones(self, like: Tensor) -> Tensor:
+        return torch.ones(1, like.shape[1], dtype=like.dtype, device=like.device)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -85,6 +85,10 @@ class QuantConv2d(nn.Conv2d):
         if type(quantizer) is not ActivationQuantizer or quantizer.signed:
             return False
         return quantizer.bits in LOW_BITS or (quantizer.bits == 8 and quantizer.scheme == "default")
+
+    def padder(self) -> Callable[[Tensor], Tensor] | None:
+        """What puts zeros around the quantised input where `padding` does not say it all; None elsewhere."""
+        return None
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """x [B, in, H, W] -> [B, out, H', W']; `relu`: of max(x, 0)."""
