@@ -19,7 +19,6 @@ from common.nets import EvaluationNetwork
 from common.quant import QuantConv2d, QuantLinear
 from common.quant.folding import folds_of, scale_and_shift
 from common.quant.integer import (
-    Grid,
     IntegerConv2d,
     IntegerLayer,
     IntegerLinear,
@@ -74,14 +73,16 @@ def readers_of_sums(network: nn.Module) -> dict[nn.Module, nn.Module]:
     }
 
 
-def normalizations_of(
-    network: nn.Module, integer: Callable[[nn.Module], bool]
-) -> dict[nn.Module, tuple[nn.Module, slice]]:
-    """Layer -> (the normalisation that follows it, its channels there), for those that follow such layers alone."""
-    found: dict[nn.Module, tuple[nn.Module, slice]] = {}
+Followed = tuple[nn.BatchNorm2d, slice]
+"""The normalisation that follows a layer, and the layer's channels there."""
+
+
+def normalizations_of(network: nn.Module, integer: Callable[[nn.Module], bool]) -> dict[nn.Module, Followed]:
+    """Layer -> what follows it, for those normalisations that follow layers of which `integer` is true, alone."""
+    found: dict[nn.Module, Followed] = {}
     for module in network.modules():
         for layers, normalization in folds_of(module):
-            if all(map(integer, layers)):
+            if isinstance(normalization, nn.BatchNorm2d) and all(map(integer, layers)):
                 at = 0
                 for layer in layers:
                     found[layer] = (normalization, slice(at, at := at + layer.out_channels))
@@ -142,7 +143,7 @@ def _check_normalizations(network: nn.Module) -> None:
 def _integer_layer(
     name: str,
     layer: QuantLayer,
-    normalization: tuple[nn.BatchNorm2d, slice] | None,
+    normalization: Followed | None,
     sources: dict[nn.Module, nn.Module],
     made: dict[nn.Module, IntegerLayer],
     scales: dict[nn.Module, Tensor],
@@ -189,9 +190,7 @@ def _per_channel(constant: Tensor) -> Tensor:
     return constant.reshape(-1) if constant.numel() > 1 else constant.reshape(())
 
 
-def _output(
-    layer: QuantLayer, scale: Tensor, normalization: tuple[nn.BatchNorm2d, slice] | None
-) -> tuple[Tensor, Tensor | None]:
+def _output(layer: QuantLayer, scale: Tensor, normalization: Followed | None) -> tuple[Tensor, Tensor | None]:
     """(rescale, shift) of a layer's sums, in float64: with its bias and the normalisation that follows."""
     bias = None if layer.bias is None else layer.bias.detach().double()
     if normalization is None:

@@ -101,8 +101,9 @@ def load_trained(
     """The trained network of a run folder, as trained or as quantised afterwards, on the CPU and in evaluation mode.
 
     `checkpoint` names one of its checkpoints in place of the newest valid one. Returns (network, config, info): the
-    training's flags by name, and method, dataset, seed, digest, stage, build (arguments of `network_of`), data (of
-    the images), epoch, checkpoint and state_digest (its SHA-256). Raises ValueError naming `flag`, folder and cure.
+    training's flags by name, and method, dataset, seed, digest, stage, architecture, build (arguments of `network_of`),
+    folded (whether normalisations are part of the convolutions), data (of the images), epoch, checkpoint and
+    state_digest (its SHA-256). Raises ValueError naming `flag`, folder and cure.
     """
     run = Path(run)
     if not (run / "config.json").is_file():
@@ -127,7 +128,9 @@ def load_trained(
         trained = state.get("post_training", {}).get("training", record["config"])
         info = {
             **{key: record.get(key) for key in ("method", "dataset", "seed", "digest", "stage")},
+            "architecture": _architecture_of(state, f"{flag} {run}"),
             "build": state["build"],
+            "folded": bool(state.get("post_training", {}).get("folded")),
             "data": state["data"],
             "epoch": state["epoch"],
             "checkpoint": meta.get("path", str(checkpoint)),
@@ -148,12 +151,15 @@ def _rebuilt(state: dict[str, Any], where: str) -> EvaluationNetwork:
     wrong += [name for name in ("num_classes", "channels", "image_size") if type(data[name]) is not int]
     if wrong or data["image_size"] > _LARGEST_IMAGE:
         raise ValueError(f"{where}: its checkpoint gives {(wrong or ['image_size'])[0]} a value that its weights deny")
-    architecture = Architecture.from_json(parse_json(state["architecture"]), f"{where} (checkpoint)")
-    network = network_of(architecture, **build)
+    network = network_of(_architecture_of(state, where), **build)
     if state.get("post_training", {}).get("folded"):
         fold_normalization(network)
     network.load_state_dict(model)
     return network
+
+
+def _architecture_of(state: dict[str, Any], where: str) -> Architecture:
+    return Architecture.from_json(parse_json(state["architecture"]), f"{where} (checkpoint)")
 
 
 def cost_text(cost: Cost) -> str:
