@@ -56,20 +56,14 @@ def is_quantized(layer: nn.Module) -> bool:
     return any(not isinstance(quantizer, (nn.Identity, nn.ReLU)) for quantizer in quantizers)
 
 
-def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is."""
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, module)
-
-
-def readers_of_sums(network: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Layer -> the layer whose sums it reads as they are, as the modules' own `sums()` say."""
+def readers_of_sums(network: nn.Module, integer: Callable[[nn.Module], bool]) -> dict[nn.Module, nn.Module]:
+    """Layer in integers -> the layer whose sums it reads as they are, as the modules' own `sums()` say."""
     return {
         reader: source
         for module in network.modules()
         if hasattr(module, "sums")
         for source, reader in module.sums()
-        if is_quantized(reader)
+        if integer(reader)
     }
 
 
@@ -100,29 +94,33 @@ def integer_network(network: EvaluationNetwork) -> nn.Module:
     network.auxiliary_head = None  # only a training has a use for it
     layers = {name: layer for name, layer in layers_of(network).items() if is_quantized(layer)}
     _check_normalizations(network)
-    sources = readers_of_sums(network)
-    follows = normalizations_of(network, is_quantized)
+    sources, follows = readers_of_sums(network, is_quantized), normalizations_of(network, is_quantized)
     made: dict[nn.Module, IntegerLayer] = {}
     scales: dict[nn.Module, Tensor] = {}
     read = set(sources.values())
     for name, layer in layers.items():
         made[layer] = _integer_layer(name, layer, follows.get(layer), sources, made, scales, layer in read)
-    names = {layer: name for name, layer in layers.items()}
-    for layer, integer in made.items():
-        replace_module(network, names[layer], integer)
-    absorbed = {normalization for normalization, _ in follows.values()}
-    replace_normalizations(network, absorbed)
+    finish_network(network, {name: made[layer] for name, layer in layers.items()}, is_quantized)
     return network.requires_grad_(False)
 
 
-def replace_normalizations(network: nn.Module, absorbed: set[nn.Module]) -> None:
-    """Put the identity where a normalisation is part of its layers, a scale and a shift where it is not."""
+def finish_network(network: nn.Module, made: dict[str, IntegerLayer], integer: Callable[[nn.Module], bool]) -> None:
+    """Put the layers `made`, by name, into a network in place, and the identity where a normalisation is part of them;
+    elsewhere a scale and a shift. `integer`: whether a layer of the network is among them.
+    """
+    absorbed = {normalization for normalization, _ in normalizations_of(network, integer).values()}
+    dtype = network_dtype(network)
+    for name, layer in made.items():
+        _replace(network, name, layer)
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
-            constants = () if module in absorbed else scale_and_shift(module.double())
-            dtype = network_dtype(network)
-            affine = Affine(*(value.detach().to(dtype) for value in constants)) if constants else nn.Identity()
-            replace_module(network, name, affine)
+            constants = [] if module in absorbed else [c.detach().to(dtype) for c in scale_and_shift(module.double())]
+            _replace(network, name, Affine(*constants) if constants else nn.Identity())
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, module)
 
 
 def network_dtype(network: nn.Module) -> torch.dtype:

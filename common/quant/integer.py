@@ -332,7 +332,8 @@ class IntegerLayer(nn.Module):
         constants |= {f"input_{name}": getattr(input_grid, name, None) for name in ("scale", "offset")}
         constants["_carried"] = weight.to(self.carrier) if self.exact else None
         for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
+            # a weight in full precision is the only state that looks the same in every network of these modules
+            self.register_buffer(name, value, persistent=name == "weight" and not coded)
 
     @property
     def exact(self) -> bool:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formats that a trained network can be exported to: what writes a file of each, and what checks it.
+
+A format is registered here by name. Nothing heavy is imported before a format is used, since the program's flags
+list them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.nets import Architecture, EvaluationNetwork
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained network and its images, as every format takes them.
+
+    `network` lies on the CPU in float32, in evaluation mode, without auxiliary head; `build` and `folded` say how it is
+    built from its architecture. `data`: name, num_classes, channels, image_size, mean and std of its images.
+    """
+
+    network: EvaluationNetwork
+    architecture: Architecture
+    build: dict[str, Any]
+    folded: bool
+    data: dict[str, Any]
+    test: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    """Batches (images [B, C, H, W], labels [B]) of the test set, normalised, from its first image on at each call."""
+    training: Callable[[int], Iterable[Tensor]]
+    """(how many) -> batches of so many training images, prepared as test images are: for calibration."""
+    say: Callable[[str], None] = print
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of an image."""
+        return self.data["channels"], self.data["image_size"], self.data["image_size"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format. Its functions `write(source, path)` and `check(source, path) -> figures` are named by module and name.
+
+    `write` makes the file; `check` loads it in the runtime that it is for and proves it on images. Both raise
+    ValueError that says why: what the format cannot hold, or what did not agree.
+    """
+
+    name: str
+    file: str
+    module: str
+    write_name: str
+    check_name: str
+    summary: str
+
+    def write(self, source: Source, path: Path) -> None:
+        """Write the file."""
+        getattr(import_module(self.module), self.write_name)(source, path)
+
+    def check(self, source: Source, path: Path) -> dict[str, Any]:
+        """The figures of the proof, as plain values."""
+        return getattr(import_module(self.module), self.check_name)(source, path)
+
+
+FORMATS: dict[str, Format] = {
+    "packed": Format(
+        "packed",
+        "packed.safetensors",
+        "common.export.proof",
+        "write_packed",
+        "check_packed",
+        "integer codes packed at their own bits, for the integer engine of this project",
+    ),
+}
+"""The formats by name; the order is that of `--format all`."""
