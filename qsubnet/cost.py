@@ -37,10 +37,15 @@ class SubnetCost(nn.Module):
         self.dearest = self.ends + float(table.amax(-1).sum())
         if len(subnet.bits) > 1 and self.cheapest == self.dearest:
             raise ValueError(
-                f"--cost {self.measure.name}: costs the same at all of the bits {', '.join(map(str, subnet.bits))}, and "
-                "this search chooses bits alone: nothing is left to steer; give --cost bitops or --cost memory"
+                f"--cost {self.measure.name}: is the same at all of the bits {', '.join(map(str, subnet.bits))}, and "
+                "nothing but bits is chosen here, so nothing is left to steer; give --cost bitops or --cost memory"
             )
         self.unit = self._unit(subnet, image_size, table)
+
+    @property
+    def steers_bits(self) -> bool:
+        """Whether some choice of bits changes the cost."""
+        return self.dearest > self.cheapest
 
     def _unit(self, subnet: Subnet, image_size: int, table: Tensor) -> float:
         """What the term counts in: the first convolution at one bit. Another measure than BitOps begins as they do."""

@@ -10,11 +10,20 @@ from torch import nn
 
 from common.data import ImageData, take_subset
 from common.engine import seed_everything
-from common.engine.cli import Config
+from common.engine.cli import Config, target_of
 from common.engine.search_loop import SearchSettings
 from common.nets import build_network, load_architecture
 from common.recipes.parts import Parts, parts_text, search_parts
-from common.recipes.search_setup import PreparedSearch, cost_term, stream_notes, target_controller
+from common.recipes.search_setup import (
+    PreparedSearch,
+    cost_notes,
+    cost_term,
+    measure_of,
+    reach_text,
+    stream_notes,
+    target_controller,
+    target_lines,
+)
 from common.recipes.setup import (
     lay_out,
     load_data,
@@ -50,7 +59,7 @@ def prepare_subnet(config: Config) -> PreparedSearch:
     notes = [start_from(network, config.init_from)] if config.init_from is not None else []
     subnet = Subnet(network, tuple(config.bits), scheme=config.scheme, signed_activations=config.signed_activations)
     lay_out(subnet, config).to(device)
-    cost = SubnetCost(subnet, info.image_size, accounting=config.cost_accounting).to(device)
+    cost = SubnetCost(subnet, info.image_size, measure=measure_of(config, subnet.bits)).to(device)
     data = data.to(device)
     loop, parts = _loop_arguments(config, data, subnet, cost, device)
     prepared = PreparedSearch(config, device, data, subnet, cost, loop, parts and parts[1], parts, notes)
@@ -75,7 +84,7 @@ def _loop_arguments(
         kept = take_subset(labels, config.subset, config.seed)
     stream = shorten(training_stream(config, data, device, "search-train", kept), config.steps_per_epoch)
     controller = None
-    if config.target_bitops is not None:
+    if target_of(config) is not None:
         controller = target_controller(config, subnet, cost, config.epochs * stream.steps_per_epoch).to(device)
     arguments = {
         "train_stream": stream,
@@ -99,7 +108,7 @@ def search_settings(config: Config) -> SearchSettings:
         step_epochs=config.lr_step_epochs,
         step_factor=config.lr_step_factor,
         gamma_momentum=config.momentum,
-        gamma_annealed=config.target_bitops is None,
+        gamma_annealed=target_of(config) is None,
         arch_begin_epoch=0,
         cuda_graph="off" if config.compile else config.cuda_graph,
         **{name: getattr(config, name) for name in (*same, *more)},
@@ -122,8 +131,8 @@ def _describe(prepared: PreparedSearch) -> str:
         f"data: {info.name}, {images:,} training images {info.channels}x{info.image_size}x{info.image_size}, "
         f"{seen}; {steps} steps an epoch, "
         f"{config.epochs} epochs",
-        f"cost: {cost.cheapest / 1e9:.4g} to {cost.dearest / 1e9:.4g} G BitOps can be reached",
+        f"cost: {reach_text(cost)}",
+        *cost_notes(cost.measure, subnet.bits),
+        *target_lines(config, cost.measure),
     ]
-    if config.target_bitops is not None:
-        lines.append(f"target: {config.target_bitops / 1e9:.4g} G BitOps, within 10%")
     return "\n".join([*lines, *stream_notes(prepared.loop)])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m common.cost TARGET`: what the network of a genotype's name, an architecture file or a run costs.
 
-TARGET may also be the integers of both micro cells.
+TARGET may also be the integers of both micro cells. `python -m common.cost latency --help`: tables of latencies.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from common.engine.parsing import Config, Parser, Switch, choice, integer, one_o
 from common.nets import DARTS, SPACES, Architecture, build_network, load_architecture, network_of
 from common.nets.enas_layers import types_fit
 from common.quant import SUPPORTED_BITS, fold_normalization
+from common.recipes import latency_commands
 from common.recipes.flags import run_program
 
 _LARGEST = {"layers": 1000, "init_channels": 10_000, "out_filters": 10_000, "image_size": 4096} | {
@@ -210,12 +211,9 @@ def as_text(cost: Cost, sizes: dict[str, Any], per_layer: bool) -> str:
         ("activation memory", f"{cost.activation_bytes / 1e6:,.4f} MB (inputs of all layers, one image)"),
     ]
     alias = f" = {sizes['name']}" if sizes["name"] not in (None, sizes["target"]) else ""
-    if "stem" in sizes:
-        shape = f"C={sizes['init_channels']}, {sizes['layers']} cells, {sizes['stem']} stem"
-    else:
-        shape = f"F={sizes['out_filters']}, L={sizes['layers']}"
+    shape = "F={out_filters}, L={layers}" if "stem" not in sizes else "C={init_channels}, {layers} cells, {stem} stem"
     head = (
-        f"{sizes['target']}{alias}: {shape}, "
+        f"{sizes['target']}{alias}: {shape.format(**sizes)}, "
         f"{sizes['in_channels']}x{sizes['image_size']}x{sizes['image_size']} images, {sizes['num_classes']} classes"
     )
     lines = [head, *(f"  {name:<30} {value}" for name, value in rows)]
@@ -231,8 +229,10 @@ def as_text(cost: Cost, sizes: dict[str, Any], per_layer: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the cost; exit code 2 with one line for what the user can cure."""
-    parser = make_parser()
-    config = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["latency"]:
+        return latency_commands.main(given[1:])
+    config = make_parser().parse_args(given)
 
     def show() -> None:
         cost, sizes = cost_of(config)

@@ -35,6 +35,7 @@ WEIGHTINGS = ("expected", "uniform")
 REFERENCE_COMPLEXITY = 2489.3
 """The reference's complexity of its own supernet (C=16, 8 cells) at the start: the share that the weight assumes."""
 
+
 def edge_probability(betas: Tensor | None, nodes: int) -> Tensor:
     """pi [edges]: probability that each edge is among two drawn without replacement from its node's edge softmax.
 
@@ -108,6 +109,12 @@ class ExpectedCost(nn.Module):
             self.ends += self.measure.values(place, [bits])[0]
         self.initial = self._initial()
         self.cheapest, self.dearest = self._extremes(smallest=True), self._extremes(smallest=False)
+
+    @property
+    def steers_bits(self) -> bool:
+        """Whether some choice of bits changes the cost."""
+        tables = (self.grown_normal, self.grown_reduce, self.grown_inputs)
+        return any(bool((table.amax(-1) > table.amin(-1)).any()) for table in tables)
 
     def _first_size(self, plan: CellPlan, size: int) -> float:
         """The first convolution of the supernet, at one bit."""

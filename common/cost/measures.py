@@ -59,7 +59,7 @@ class Counted:
         if accounting not in ACCOUNTINGS:
             raise ValueError(f"--cost-accounting: {accounting!r} is unknown; choose exact or paper")
         if accounting == "paper" and name != "bitops":
-            raise ValueError(f"--cost-accounting paper: is a count of BitOps, and --cost is {name}; drop one of the two")
+            raise ValueError(f"--cost-accounting paper: counts BitOps, and --cost is {name}; drop one of the two")
         self.name, self.accounting = name, accounting
         self._traced: dict[Place, tuple[list[LayerShape], int]] = {}
 

@@ -38,16 +38,16 @@ class SteerableCost(Protocol):
     ends: float
 
     def exact(self, supernet: nn.Module) -> Tensor:
-        """BitOps of the present choice, a scalar on the device."""
+        """Cost of the present choice, a scalar on the device."""
         ...
 
 
 class TargetController(nn.Module):
-    """The multiplier of ``--target-bitops``; its buffers are its state, for checkpoints.
+    """The multiplier of ``--target-bitops`` and ``--target``; its buffers are its state, for checkpoints.
 
     Args:
         cost: gives the exact cost, and the least and greatest that can be reached.
-        target: BitOps to hit within :data:`BAND`.
+        target: cost to hit within :data:`BAND`.
         total_steps: steps of the whole search; it sets how fast the gain may grow.
         width: relative error at which the push saturates, well inside the band.
         scale: the push that moves bits across their spread at the start in a tenth of the search (the gain is in
@@ -57,6 +57,7 @@ class TargetController(nn.Module):
         lead: steps that the error is looked ahead by its slope: about as far as momentum carries the logits on.
         smoothing: weight of the newest error in the smoothed one.
         hold_from: share of the search after which ``hold`` (1.0: take no architecture step) may be raised.
+        flag, unit: for messages.
 
     Raises:
         ValueError: a target that cannot be reached, with the two ends of what can.
@@ -74,11 +75,13 @@ class TargetController(nn.Module):
         smoothing: float = 0.3,
         lead: float = 8.0,
         hold_from: float = 0.85,
+        flag: str = "--target-bitops",
+        unit: str = "BitOps",
     ) -> None:
         super().__init__()
         if not cost.cheapest <= target <= cost.dearest:
             raise ValueError(
-                f"--target-bitops {target:.4g}: this search reaches {cost.cheapest:.4g} to {cost.dearest:.4g} BitOps "
+                f"{flag} {target:.4g}: this search reaches {cost.cheapest:.4g} to {cost.dearest:.4g} {unit} "
                 f"(--eval-init-channels, --eval-layers and --bits set these ends); give a target between them"
             )
         # In a list: the cost is a module of its own, whose buffers belong to no checkpoint.

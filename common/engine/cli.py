@@ -54,6 +54,7 @@ __all__ = [
     "check_target",
     "check_train",
     "choice",
+    "cost_of",
     "derive_search",
     "derive_train",
     "integer",
@@ -61,6 +62,7 @@ __all__ = [
     "one_of",
     "print_config",
     "resolve",
+    "target_of",
 ]
 
 FIXED_BITS = (1, 2, 3, 4, 8, 32)
@@ -220,7 +222,11 @@ def _add_bit_logits(add: _Group) -> None:
 
 def _add_cost(add: _Group, where: str, decay: float) -> None:
     add.value("--complexity-decay --cd", number(0), decay, "X", f"weight of the cost {where}".rstrip())
+    measured = "what steers: BitOps, MACs, bytes of weights, or measured milliseconds (default: bitops)"
+    add.choice("--cost", "bitops|macs|memory|latency", None, measured)
+    add.value("--lut", Path, None, "F.csv", "table for --cost latency (python -m common.cost latency measure)")
     add.value("--target-bitops", bitops, None, "G", "BitOps to hit within 10%%, such as 2.2e9, 2.2G or 350M")
+    add.value("--target", number(positive=True), None, "X", "the same in the unit of --cost: BitOps, MACs, bytes, ms")
     add.choice("--cost-accounting", "exact|paper", "exact", "each layer at its true size, or the reference's count")
 
 
@@ -441,9 +447,39 @@ def check_bits(config: Config) -> list[str]:
 
 def check_target(config: Config) -> list[str]:
     """A target steers the weights of the cost, so there must be one."""
-    if config.target_bitops and not (config.complexity_decay or getattr(config, "arch_complexity_decay", None)):
-        return ["--target-bitops: needs a cost weight to adapt; give --complexity-decay above 0"]
-    return []
+    errors, flag = [], "--target" if config.target is not None else "--target-bitops"
+    if target_of(config) and not (config.complexity_decay or getattr(config, "arch_complexity_decay", None)):
+        errors.append(f"{flag}: needs a cost weight to adapt; give --complexity-decay above 0")
+    if config.target is not None and config.target_bitops is not None:
+        errors.append("--target: is in the unit of --cost, and so is --target-bitops in BitOps; drop one of the two")
+    return errors + _check_measure(config)
+
+
+def cost_of(config: Config) -> str:
+    """What steers a search; bitops where nothing else was said, as in runs from before there was a choice."""
+    return getattr(config, "cost", None) or "bitops"
+
+
+def target_of(config: Config) -> float | None:
+    """What a search is to cost, in the unit of --cost."""
+    return config.target_bitops if getattr(config, "target", None) is None else config.target
+
+
+def _check_measure(config: Config) -> list[str]:
+    """Whether the flags of the cost mean something for what is measured."""
+    cost, errors = cost_of(config), []
+    if cost != "bitops":
+        if config.target_bitops is not None:
+            errors.append(f"--target-bitops: --cost {cost} is not counted in BitOps; give --target in its own unit")
+        if config.cost_accounting == "paper":
+            errors.append(f"--cost-accounting paper: counts BitOps, and --cost is {cost}; drop one of the two")
+        if getattr(config, "cost_weighting", "expected") == "uniform":
+            errors.append(f"--cost-weighting uniform: counts BitOps, and --cost is {cost}; drop one of the two")
+    if cost == "latency" and config.lut is None:
+        errors.append("--cost latency: needs a table; give --lut F.csv (python -m common.cost latency measure)")
+    if cost != "latency" and config.lut is not None:
+        errors.append("--lut: only has a meaning with --cost latency; add it or drop this")
+    return errors
 
 
 def check_search(config: Config) -> list[str]:

@@ -16,14 +16,15 @@ CONTENTS = {
     "init_from_digest": "init_from",
     "teacher_digest": "teacher",
     "weights_path_digest": "weights_path",
+    "lut_digest": "lut",
     "source_digest": "run",
 }
 """Key of a run's configuration -> the flag whose content it is the SHA-256 of."""
 
 
 def derive_contents(config: Config) -> dict[str, Any]:
-    """The digests of what --arch, --init-from, --teacher and --weights-path name; what cannot be read has none."""
-    finders = {"arch": architecture_digest, "weights_path": file_digest}
+    """The digests of what the flags of CONTENTS name; what cannot be read has none."""
+    finders = {"arch": architecture_digest, "weights_path": file_digest, "lut": file_digest}
     found = {}
     for key, dest in CONTENTS.items():
         place = getattr(config, dest, None)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import Cost, architecture_cost
+from common.cost.measures import UNITS
 from common.data import ImageData
 from common.engine import entropy
-from common.engine.cli import Config
+from common.engine.cli import Config, target_of
 from common.nets import Architecture
 from common.nets.architecture import needs_bits
 from common.nets.darts_space import edge_softmax
@@ -92,7 +93,7 @@ def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, 
         "genotype": data["genotype"],
         "bits": data["bits"],
         **{key: figures.get(key) for key in ("train_loss", "train_top1", "valid_loss", "valid_top1")},
-        "expected_bitops": float(cost(model)),
+        "expected_bitops": float(cost(model)) if cost.measure.name == "bitops" else None,
         "exact_bitops": float(found.bitops),
         "exact_bitops_quantized": float(found.bitops_quantized),
         "exact_bitops_paper": float(found.bitops_paper),
@@ -109,10 +110,27 @@ def epoch_row(prepared: PreparedSearch, figures: dict[str, float]) -> dict[str, 
         "primitives": list(getattr(model, "primitives", ())) or None,
         "bit_choices": list(getattr(model, "bits", None) or ()) or None,
     }
+    if cost.measure.name != "bitops":
+        row |= {"cost_measure": cost.measure.name, "expected_cost": float(cost(model))}
+        row["exact_cost"] = float(cost.exact(model))
     if controller is not None:
         row["cost_multiplier"] = float(controller.multiplier)
-        row["steered_bitops"] = float(cost.exact(model))
+        row["steered_bitops"] = float(cost.exact(model)) if cost.measure.name == "bitops" else None
     return row
+
+
+def cost_fields(row: Mapping[str, Any], config: Config, steered: float, name: str) -> dict[str, Any]:
+    """The fields of result.json of a search that something else than BitOps steered, in its unit."""
+    target = {"target": target_of(config), "steered_cost": steered}
+    return {"cost_measure": name, "cost_unit": UNITS[name], "expected_cost": row["expected_cost"], **target}
+
+
+def expected_text(row: Mapping[str, Any]) -> str:
+    """The expected cost of an epoch; where BitOps do not steer, also the exact one, of what does."""
+    if "cost_measure" not in row:
+        return f", {row['expected_bitops'] / 1e9:.4g} G expected"
+    name = row["cost_measure"]
+    return f"; {name} in {UNITS[name]}: {row['exact_cost']:.4g} exact, {row['expected_cost']:.4g} expected"
 
 
 def _logits(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -148,15 +166,17 @@ def epoch_text(row: dict[str, Any]) -> str:
             f"  genotype: normal {_pairs(genotype['normal'])}",
             f"            reduce {_pairs(genotype['reduce'])}",
             f"  train loss {row['train_loss']:.4f}, top-1 {_percent(row, 'train')}{valid}",
-            f"  BitOps expected {row['expected_bitops'] / 1e9:.4g} G, exact {row['exact_bitops'] / 1e9:.4g} G "
-            f"({row['exact_bitops_quantized'] / 1e9:.4g} G in quantised layers); "
+            f"  BitOps exact {row['exact_bitops'] / 1e9:.4g} G "
+            f"({row['exact_bitops_quantized'] / 1e9:.4g} G in quantised layers){expected_text(row)}; "
             f"{row['parameter_free_share']:.0%} of the operations without parameters, "
             f"{row['skip_share']:.0%} skip connections ({row['skip_share_normal']:.0%} of the normal cell)",
             f"  entropy {', '.join(entropies)}",
         ]
     )
     if "cost_multiplier" in row:
-        text += f"; cost multiplier {row['cost_multiplier']:+.3f}, steered cost {row['steered_bitops'] / 1e9:.4g} G"
+        text += f"; cost multiplier {row['cost_multiplier']:+.3f}"
+        if row["steered_bitops"] is not None:
+            text += f", steered cost {row['steered_bitops'] / 1e9:.4g} G"
     return text
 
 

@@ -19,7 +19,7 @@ from common.cost.target import movable_error, within
 from common.engine import Run, distributed, plain, read_json
 from common.engine.accumulation import batches_of
 from common.engine.changes import CHANGEABLE
-from common.engine.cli import Config
+from common.engine.cli import Config, target_of
 from common.engine.environment import peak_memory_mb, versions
 from common.engine.progress import duration
 from common.engine.search_loop import SearchLoop, SearchOutcome, Term, search
@@ -27,16 +27,18 @@ from common.nets import Architecture, Supernet, genotype_to_json
 from common.recipes.elapsed import time_before
 from common.recipes.findings import (
     collapse_warning,
+    cost_fields,
     epoch_row,
     epoch_text,
     evaluation_cost,
+    expected_text,
     genotype_text,
     train_command,
 )
 from common.recipes.parts import save_parts
 from common.recipes.plan import plan_search
 from common.recipes.plots import plot_run, show_choices
-from common.recipes.search_setup import PreparedSearch, prepare_search
+from common.recipes.search_setup import PreparedSearch, cost_figure, prepare_search
 from common.recipes.setup import open_run, tell
 from common.recipes.trained import cost_text, evaluate_split
 
@@ -174,15 +176,15 @@ def _conclude(
     run.log(f"genotype = {genotype_text(architecture.genotype)}")
     if warning := collapse_warning(row):
         run.log(warning)
-    steered = float(prepared.cost.exact(model))
+    steered, measure, target = float(prepared.cost.exact(model)), prepared.cost.measure, target_of(config)
     reached = movable = None
-    if config.target_bitops is not None:
-        reached = within(steered, config.target_bitops)
-        movable = movable_error(steered, config.target_bitops, prepared.cost.ends)
+    if target is not None:
+        reached = within(steered, target)
+        movable = movable_error(steered, target, prepared.cost.ends)
         run.log(
-            f"target {config.target_bitops / 1e9:.4g} G BitOps: "
+            f"target {cost_figure(target, measure)}: "
             + ("reached" if reached else "NOT reached (it counts within 10%)")
-            + f", the found network has {steered / 1e9:.4g} G ({steered / config.target_bitops - 1:+.1%}; "
+            + f", the found network has {cost_figure(steered, measure)} ({steered / target - 1:+.1%}; "
             f"{movable:+.1%} of the part that choices can move)"
         )
     found = evaluation_cost(config, data, architecture)
@@ -196,8 +198,9 @@ def _conclude(
         "metrics": {key: summary.get(key) for key in ("train_loss", "train_top1", "valid_loss", "valid_top1")},
         "genotype": genotype_to_json(architecture.genotype),
         **{key: row[key] for key in (*same, "parameter_free_share", "skip_share")},
-        "steered_bitops": steered,
+        "steered_bitops": steered if measure.name == "bitops" else None,
         "target_bitops": config.target_bitops,
+        **({} if measure.name == "bitops" else cost_fields(row, config, steered, measure.name)),
         "target_reached": reached,
         "target_error_movable": movable,
         "cost": found.to_json(),
@@ -240,7 +243,7 @@ def _dry_run(prepared: PreparedSearch) -> dict[str, Any]:
     whole = loop.steps * (settings.epochs * seconds["weight"] + searching * seconds["architecture"])
     tell("\n".join(prepared.notes))
     tell(
-        f"present choice: {row['exact_bitops'] / 1e9:.4g} G BitOps exact, {row['expected_bitops'] / 1e9:.4g} G expected"
+        f"present choice: {row['exact_bitops'] / 1e9:.4g} G BitOps exact{expected_text(row)}"
         f"\nsteps of {config.batch_size} images: weights {seconds['weight']:.3f} s, architecture "
         f"{seconds['architecture']:.3f} s ({settings.order}), peak memory {peak_memory_mb(prepared.device):,.0f} MB; "
         f"{loop.steps} steps an epoch, {settings.epochs} epochs: about {duration(whole)} (evaluation not counted)\n"

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import ExpectedCost
+from common.cost.expected import bit_pairs
+from common.cost.latency import Latency
+from common.cost.measures import LATENCY, UNITS, Counted, Measure
 from common.cost.target import TargetController, push_scale
 from common.data import ImageData
 from common.engine import CheckpointStore, read_json, seed_everything
 from common.engine.changes import owner_of
 from common.engine.checkpoint import taking_up
-from common.engine.cli import Config
+from common.engine.cli import Config, cost_of, target_of
 from common.engine.search_loop import SearchSettings
 from common.nets import Supernet, build_supernet
+from common.recipes.latency_commands import load_table
 from common.recipes.own_space import load_search_space
 from common.recipes.parts import Parts, parts_text, search_parts
 from common.recipes.setup import (
@@ -90,7 +94,7 @@ def prepare_search(config: Config, supernet: Callable[..., Supernet] | None = No
         input_size=info.image_size,
         eval_init_channels=config.eval_init_channels,
         eval_layers=config.eval_layers,
-        accounting=config.cost_accounting,
+        measure=measure_of(config, bits),
         weighting=config.cost_weighting,
         mapping=config.bit_mapping,
         stem_bits=config.stem_bits,
@@ -108,6 +112,35 @@ def prepare_search(config: Config, supernet: Callable[..., Supernet] | None = No
     return prepared
 
 
+def measure_of(config: Config, bits: tuple[int, ...] | None) -> Measure:
+    """What --cost counts, or reads from --lut. Raises ValueError naming flag, file and line."""
+    cost = cost_of(config)
+    if cost != LATENCY:
+        return Counted(cost, config.cost_accounting)
+    return Latency(load_table(config.lut), bit_pairs(bits))
+
+
+def cost_figure(value: float, measure: Measure, unit: bool = True) -> str:
+    """A cost for the user: in G BitOps, M MACs, MB or ms."""
+    factor, name = _FIGURES[measure.name]
+    return f"{value / factor:.4g}{' ' + name if unit else ''}"
+
+
+_FIGURES = {"bitops": (1e9, "G BitOps"), "macs": (1e6, "M MACs"), "memory": (1e6, "MB"), "latency": (1.0, "ms")}
+
+
+def cost_notes(measure: Measure, bits: tuple[int, ...] | None) -> list[str]:
+    """What a measure cannot tell apart, so that a search does not seem to have weighed it."""
+    notes = list(measure.notes)
+    if bits is not None and measure.name == "macs":
+        notes.append(
+            "--cost macs: does not depend on bits: it steers operations and edges, and the loss alone the bits"
+        )
+    if bits is not None and measure.name == "memory":
+        notes.append("--cost memory: does not depend on activation bits: the loss alone steers those")
+    return notes
+
+
 def _loop_arguments(
     config: Config, data: ImageData, model: Supernet, cost: ExpectedCost, device: torch.device, parts: Parts
 ) -> tuple[dict[str, Any], Tensor]:
@@ -118,7 +151,7 @@ def _loop_arguments(
     ]
     train_stream = shorten(streams[0], config.steps_per_epoch)
     controller = None
-    if config.target_bitops is not None:
+    if target_of(config) is not None:
         controller = target_controller(config, model, cost, config.epochs * train_stream.steps_per_epoch).to(device)
     arguments = {
         "train_stream": train_stream,
@@ -138,12 +171,16 @@ def _loop_arguments(
 
 
 def target_controller(config: Config, model: nn.Module, cost: ExpectedCost, steps: int) -> TargetController:
-    """The multiplier of --target-bitops, its push scaled to the rates and the length of this search."""
-    scale, gammas = 1.0, model.gamma_parameters()
+    """The multiplier of --target-bitops or --target, its push scaled to the rates and the length of this search."""
+    # Where no choice of bits changes the cost, the term's gradient in them is rounding alone.
+    scale, gammas = 1.0, model.gamma_parameters() if cost.steers_bits else []
     if gammas and config.complexity_decay and config.gamma_learning_rate and config.gamma_level == "lower":
         rate = config.gamma_learning_rate / (1 - config.momentum)
         scale = push_scale(cost.term(model), gammas, weight=config.complexity_decay, rate=rate, total_steps=steps)
-    return TargetController(cost, config.target_bitops, total_steps=steps, scale=scale)
+    target, flag = target_of(config), "--target-bitops" if config.target_bitops is not None else "--target"
+    assert target is not None
+    unit = UNITS[cost.measure.name]
+    return TargetController(cost, target, total_steps=steps, scale=scale, flag=flag, unit=unit)
 
 
 def search_settings(config: Config) -> SearchSettings:
@@ -155,7 +192,7 @@ def search_settings(config: Config) -> SearchSettings:
         arch_begin_epoch=config.warmup_epochs,
         warmup_epochs=config.lr_warmup_epochs,
         gamma_momentum=config.momentum,
-        gamma_annealed=config.target_bitops is None,
+        gamma_annealed=target_of(config) is None,
         order=config.second_order if config.unrolled else "first",
         cuda_graph="off" if config.compile else config.cuda_graph,
         **{name: getattr(config, name) for name in (*same, *more, *rest)},
@@ -225,12 +262,24 @@ def _describe(prepared: PreparedSearch) -> str:
         f"data: {info.name}, {len(data.train):,} training images {info.channels}x{info.image_size}x{info.image_size}, "
         f"{parts_text(config, prepared.parts)}; "
         f"{loop['train_stream'].steps_per_epoch} steps an epoch, {config.epochs} epochs",
-        f"cost: of {config.eval_layers} cells of {config.eval_init_channels} channels, {cost.cheapest / 1e9:.4g} to "
-        f"{cost.dearest / 1e9:.4g} G BitOps can be reached, {cost.initial / 1e9:.4g} G expected at the start",
+        f"cost: of {config.eval_layers} cells of {config.eval_init_channels} channels, {reach_text(cost)}, "
+        f"{cost_figure(cost.initial, cost.measure)} expected at the start",
+        *cost_notes(cost.measure, model.bits),
+        *target_lines(config, cost.measure),
     ]
-    if config.target_bitops is not None:
-        lines.append(f"target: {config.target_bitops / 1e9:.4g} G BitOps, within 10%")
     return "\n".join([*lines, *stream_notes(loop)])
+
+
+def reach_text(cost: ExpectedCost) -> str:
+    """The cheapest and the dearest network of a search."""
+    least, most = (cost_figure(value, cost.measure, unit=False) for value in (cost.cheapest, cost.dearest))
+    return f"{least} to {most} {_FIGURES[cost.measure.name][1]} can be reached"
+
+
+def target_lines(config: Config, measure: Measure) -> list[str]:
+    """What a search is to cost, where that was said."""
+    target = target_of(config)
+    return [] if target is None else [f"target: {cost_figure(target, measure)}, within 10%"]
 
 
 def stream_notes(loop: dict[str, Any]) -> list[str]:

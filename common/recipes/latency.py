@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring a table of latencies, and how well its sums predict whole networks.
+
+A backend makes a call out of a module and its input; every place of a search space is built, made a call, and timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.cost.expected import bit_pairs
+from common.cost.latency import Conditions, LatencyTable, Timing
+from common.cost.places import CLASSIFIER, FLOAT, STEM, Place, Sizes, build_place, space_places
+from common.engine.environment import device_names, versions
+from common.nets import Architecture, build_network
+from common.nets.architecture import Bits
+from common.nets.sampling import random_bits, random_genotype
+from common.quant import QuantConv2d
+from common.recipes.ranking import agreement
+from common.recipes.timing import Call, interleaved, steady
+from genotypes import PRIMITIVES
+
+
+@dataclass(frozen=True)
+class Space:
+    """A search space: the sizes of its networks, what may stand on an edge, the bits to choose among (None: none)."""
+
+    sizes: Sizes
+    bits: tuple[int, ...] | None
+    primitives: tuple[str, ...] = PRIMITIVES
+    nodes: int = 4
+    multiplier: int = 4
+    quantizers: dict[str, str] = field(default_factory=dict)
+
+    def pairs_at(self, place: Place, chosen: bool) -> list[Bits]:
+        """The pairs of bits that a place can have."""
+        if chosen:
+            return bit_pairs(self.bits)
+        ends = {STEM: self.sizes.stem_bits, CLASSIFIER: self.sizes.classifier_bits}
+        return [(ends[place.operation],) * 2] if place.operation in ends else [FLOAT]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs a module. `sees_bits`: whether its time can depend on the bits; else one timing stands for all."""
+
+    name: str
+    call: Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], Call]
+    sees_bits: bool
+    package: str = "torch"
+
+
+def _torch_call(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> Call:
+    """torch's own kernels, fake-quantised where the module is: along dense channels, without autograd."""
+    module.to(memory_format=torch.channels_last)
+    inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+
+    def call() -> None:
+        with torch.inference_mode():
+            module(*inputs, **keywords)
+
+    return call
+
+
+def _onnxruntime_call(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> Call:
+    """onnxruntime's kernels for the full-precision graph of a module of one input."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("--backend onnxruntime: is not installed; bash scripts/setup.sh export") from error
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        program = torch.onnx.export(module, inputs, dynamo=True, verbose=False, external_data=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.log_severity_level = 3
+    graph = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: inputs[0].numpy()}
+    return lambda: session.run(None, feed)
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend("torch", _torch_call, sees_bits=True),
+    "onnxruntime": Backend("onnxruntime", _onnxruntime_call, sees_bits=False, package="onnxruntime"),
+}
+"""Name -> what times a module: torch with fake quantisation, onnxruntime in full precision."""
+
+
+class _Logits(nn.Module):
+    """An evaluation network without its second output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)[0]
+
+
+@torch.no_grad()
+def _settled(module: nn.Module, x: Tensor) -> nn.Module:
+    """In evaluation mode, with the ranges of 8-bit quantisers set by one batch."""
+    if any(isinstance(layer, QuantConv2d) and layer.activation_bits == 8 for layer in module.modules()):
+        module.train()(x)
+    return module.eval()
+
+
+def measure(
+    space: Space,
+    backend: Backend,
+    *,
+    batch: int = 1,
+    rounds: int = 20,
+    least_seconds: float = 2e-3,
+    convolutions: bool = False,
+    clock: str = "wall",
+    say: Callable[[str], None] = lambda text: None,
+) -> LatencyTable:
+    """Time every place of a space at every pair of its bits, in turns.
+
+    `convolutions`: single ones too, which a search of each convolution's bits needs. Where the backend does not see
+    the bits, one timing stands in all rows of its place.
+    """
+    keys: list[list[tuple[Place, Bits]]] = []
+    calls: list[Call] = []
+    for place, chosen in space_places(space.primitives, space.sizes, space.nodes, space.multiplier).items():
+        pairs = space.pairs_at(place, chosen)
+        for group in [[pair] for pair in pairs] if backend.sees_bits else [pairs]:
+            bits = group[0] if backend.sees_bits else FLOAT
+            inner = convolutions and chosen
+            for name, call in _calls(place, bits, batch, backend, space.quantizers, inner):
+                inside = replace(place, operation=f"{place.operation}.{name}") if name else place
+                keys.append([(inside, pair) for pair in group])
+                calls.append(call)
+    say(f"{len(calls)} calls, {rounds} samples of each in turns")
+    samples = interleaved(calls, rounds=rounds, least_seconds=least_seconds, clock=clock)
+    rows = {}
+    for group, taken in zip(keys, samples, strict=True):
+        mean, std, n = steady(taken)
+        rows |= dict.fromkeys(group, Timing(1e3 * mean, 1e3 * std, n))
+    return LatencyTable(rows, conditions(backend, batch, clock))
+
+
+@torch.no_grad()
+def _calls(
+    place: Place, bits: Bits, batch: int, backend: Backend, quantizers: dict[str, str], convolutions: bool
+) -> Iterator[tuple[str, Call]]:
+    """("", call) of a place; then, where asked for, (name, call) of each of its convolutions on what reaches it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = build_place(place, bits, **quantizers)
+        x = torch.randn(batch, place.in_channels, place.size, place.size)
+        _settled(module, x)
+    yield "", backend.call(module, (x,), {})
+    if not convolutions:
+        return
+    seen: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+            seen[name] = (layer, tuple(one.clone() for one in inputs), dict(keywords))
+
+        return hook
+
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantConv2d)]
+    hooks = [layer.register_forward_pre_hook(note(name), with_kwargs=True) for name, layer in layers]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    for name, (layer, inputs, keywords) in seen.items():
+        yield name, backend.call(layer, inputs, keywords)
+
+
+def conditions(backend: Backend, batch: int, clock: str) -> Conditions:
+    """Where this process measures, and with what."""
+    found = versions()
+    packages = {"torch": found["torch"]}
+    if backend.package not in packages:
+        from importlib.metadata import version
+
+        packages[backend.package] = version(backend.package)
+    text = ", ".join([f"python {found['python']}", *(f"{name} {number}" for name, number in packages.items())])
+    return Conditions(backend.name, batch, torch.get_num_threads(), clock, str(device_names("cpu")["cpu"]), text)
+
+
+def drawn(space: Space, count: int, seed: int) -> Iterator[Architecture]:
+    """Architectures of a space, drawn uniformly, with bits where the space has some."""
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(count):
+        genotype = random_genotype(generator, space.primitives, space.nodes, space.multiplier)
+        architecture = Architecture(genotype, name=f"random {number}")
+        if space.bits is not None:
+            architecture = replace(architecture, bits=random_bits(architecture, space.bits, generator))
+        yield architecture
+
+
+def check(
+    table: LatencyTable, space: Space, backend: Backend, *, count: int = 20, seed: int = 0, rounds: int = 20
+) -> dict[str, Any]:
+    """Predicted against measured latency of random architectures: rows, mean absolute percentage error, Spearman.
+
+    Raises ValueError where the table lacks one of their places, before anything is timed.
+    """
+    architectures = list(drawn(space, count, seed))
+    predicted = [table.predict(architecture, space.sizes) for architecture in architectures]
+    calls = []
+    sizes = space.sizes
+    x = torch.randn(table.conditions.batch, sizes.in_channels, sizes.image_size, sizes.image_size)
+    for architecture in architectures:
+        if not backend.sees_bits:
+            architecture = replace(architecture, bits=None)
+        network = build_network(
+            architecture,
+            stem=sizes.stem,
+            in_channels=sizes.in_channels,
+            num_classes=sizes.num_classes,
+            init_channels=sizes.init_channels,
+            layers=sizes.layers,
+            stem_bits=sizes.stem_bits if backend.sees_bits else 32,
+            classifier_bits=sizes.classifier_bits if backend.sees_bits else 32,
+            **space.quantizers,
+        )
+        calls.append(backend.call(_Logits(_settled(network, x)), (x,), {}))
+    samples = interleaved(calls, rounds=rounds, clock=table.conditions.clock)
+    measured = [1e3 * steady(taken)[0] for taken in samples]
+    pairs = list(zip(predicted, measured, strict=True))
+    agreed = agreement(predicted, measured)
+    scale = sum(measured) / sum(predicted)
+    return {
+        "architectures": count,
+        "seed": seed,
+        "mape": sum(abs(p / m - 1) for p, m in pairs) / count,
+        "mape_scaled": sum(abs(scale * p / m - 1) for p, m in pairs) / count,
+        "scale": scale,
+        "spearman": agreed["spearman"],
+        "spearman_p": agreed["spearman_p"],
+        "rows": [{"architecture": n, "predicted_ms": p, "measured_ms": m} for n, (p, m) in enumerate(pairs)],
+    }
