@@ -68,9 +68,9 @@ def measured_sum(table: LatencyTable, architecture: Architecture, sizes: Sizes) 
 
     for name, module in network.named_modules():
         parts = name.split(".")
-        if (parts[0] == "stem" and len(parts) == 1) or (parts[0] == "cells" and len(parts) in (3, 4)):
-            if parts[-1] != "operations":
-                module.register_forward_hook(partial(note, name))
+        whole = len(parts) == 4 if "operations" in parts else len(parts) == 3 and parts[0] == "cells"
+        if name == "stem" or whole:
+            module.register_forward_hook(partial(note, name))
     with torch.no_grad():
         network.eval()(torch.zeros(1, sizes.in_channels, sizes.image_size, sizes.image_size))
     total, cells = 0.0, list(network.cells)
@@ -160,11 +160,8 @@ def test_a_table_of_bitops_steers_as_bitops_do() -> None:
     bitops = ExpectedCost(net, **sizes)
     assert by_table(net).item() == pytest.approx(bitops(net).item(), rel=1e-9)
     parameters = net.arch_parameters() + net.gamma_parameters()
-    for one, other in zip(
-        torch.autograd.grad(by_table.term(net), parameters),
-        torch.autograd.grad(bitops.term(net), parameters),
-        strict=True,
-    ):
+    found = [torch.autograd.grad(cost.term(net), parameters) for cost in (by_table, bitops)]
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
@@ -226,7 +223,7 @@ def test_what_was_not_measured_is_refused() -> None:
         ExpectedCost(
             supernet(), input_size=16, eval_init_channels=12, eval_layers=6, measure=Latency(table, bit_pairs((2, 4)))
         )
-    with pytest.raises(ValueError, match="no place at all of the bits"):
+    with pytest.raises(ValueError, match="no place was measured at all of the bits"):
         Latency(table, bit_pairs((2, 8)))
     assert table.milliseconds(Place("skip_connect", 99, 99, 16, 1), (32, 32)) == 0
 
