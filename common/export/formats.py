@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Format:
-    """One format. Its functions `write(source, path)` and `check(source, path) -> figures` are named by module and name.
+    """One format. `write(source, path)` and `check(source, path) -> figures` are found by module and name.
 
     `write` makes the file; `check` loads it in the runtime that it is for and proves it on images. Both raise
     ValueError that says why: what the format cannot hold, or what did not agree.

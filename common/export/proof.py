@@ -269,6 +269,8 @@ def layer_figures(source: Source, packed: nn.Module, where: str) -> Figures:
     network, inputs = source.network, inputs_of(source.network)
     integers = {name: m for name, m in packed.named_modules() if isinstance(m, IntegerLayer) and m.exact}
     found = LayerFigures(len(integers), largest_sum=max((m.largest_sum for m in integers.values()), default=0))
+    # beyond 2^24 float32 rounds to whole numbers, so that nothing would show
+    found.in_double = [name for name, integer in integers.items() if integer.carrier == torch.float64]
 
     def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         codes = inputs[name].codes(x, layer)
@@ -315,7 +317,7 @@ def _added_in_double(layer: nn.Module, x: Tensor) -> Tensor:
     twin = copy.deepcopy(layer).double()
     twin.weight = nn.Parameter(weight.detach().double(), requires_grad=False)
     twin.quantize_weight = twin.quantize_activation = nn.Identity()
-    return twin(value.double())
+    return twin.forward(value.double())  # not by a call: the copy has this hook too
 
 
 # ------------------------------------------------------------------------------------------------------- statement 3

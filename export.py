@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Export a trained run: integers packed at their own bits, ONNX and others, each proved on images before it is left.
+
+    python export.py runs/qdarts-train/digits-s0-20260101T120000 --format packed
+    python export.py RUN --format all --out network
+
+The files and their record, export.json, go into `export` in the run's folder, or into --out. docs/export.md says what
+each format holds and what its proof means. `evaluate.py DIR` measures what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common.engine.cli import Config, Parser, add_run_argument, integer
+from common.export.formats import FORMATS
+from common.recipes.flags import run_program
+
+PROG = "export.py"
+
+
+def parser() -> Parser:
+    """The flags."""
+    parser = Parser(prog=PROG, description=__doc__, usage="%(prog)s RUN --format F [F ...] [flags]")
+    add_run_argument(parser, help="a training run's folder, or that of a post-training quantisation")
+    add = parser.add_argument
+    listed = "; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items())
+    add("--format", nargs="+", default=[], metavar="F", help=f"{listed}; all: every one that holds the network")
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: export in the run's folder)")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="one of its checkpoints (default: the newest valid one)")
+    add("--data", type=Path, metavar="DIR", help="where the data lie (default: as in the run)")
+    add("--data-module", metavar="FILE.py:FUNCTION", help="data of your own, also where the run names them")
+    add("--search-space", type=Path, metavar="FILE.py", help="operations of your own that the network holds")
+    add("--images", type=integer(1), metavar="N", help="check on the first N test images (default: on all)")
+    add("--threads", type=integer(1), metavar="N", help="CPU threads of torch (default: torch's choice)")
+    add("--json", action="store_true", help="print export.json instead of lines")
+    return parser
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for what is missing or unknown."""
+    known = ", ".join((*FORMATS, "all"))
+    if config.run is None:
+        raise ValueError("RUN: is missing; give the folder of a training run")
+    if not config.format:
+        raise ValueError(f"--format: is missing; give one or more of {known}")
+    for name in config.format:
+        if name not in (*FORMATS, "all"):
+            raise ValueError(f"--format: {name!r} is unknown; choose among {known}")
+
+
+def export(config: Config) -> dict[str, Any]:
+    """Export as the flags say; the record. Raises ValueError."""
+    check(config)
+    import torch
+
+    from common.recipes.exporting import export_run
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.search_space is not None:
+        from common.recipes.own_space import load_search_space
+
+        load_search_space(config.search_space)
+    where = {name: getattr(config, name) for name in ("checkpoint", "data", "data_module", "images")}
+    return export_run(config.run, config.format, config.out, say=_aside if config.json else print, **where)
+
+
+def _aside(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def text(manifest: dict[str, Any]) -> str:
+    """The record in lines: every file with its size and the figures of its proof."""
+    lines = []
+    for name, entry in manifest["files"].items():
+        lines.append(f"{name:<12}{entry['bytes']:>14,} bytes  {entry['file']}")
+        for part, figures in entry["figures"].items():
+            shown = figures.items() if isinstance(figures, dict) else [("", figures)]
+            rows = [f"{key} {_short(value)}".strip() for key, value in shown if not isinstance(value, (dict, list))]
+            lines.append(f"  {part}: {', '.join(rows)}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export as the flags say; the exit code."""
+    config = parser().parse_args(argv)
+
+    def work() -> None:
+        manifest = export(config)
+        print(json.dumps(manifest, indent=2) if config.json else text(manifest))
+
+    return run_program(work, PROG, config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
