@@ -448,8 +448,13 @@ class IntegerConv2d(IntegerLayer):
         self.stride, self.padding, self.dilation, self.groups, self.pad = stride, padding, dilation, groups, pad
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        x = x if self.pad is None else self.pad(x)
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        x, dilation = x if self.pad is None else self.pad(x), self.dilation
+        if not x.is_floating_point() and dilation != (1, 1):  # torch dilates no integers: zeros between the weights do
+            (height, width), (down, across) = weight.shape[2:], dilation
+            spread = weight.new_zeros(*weight.shape[:2], (height - 1) * down + 1, (width - 1) * across + 1)
+            spread[:, :, ::down, ::across] = weight
+            weight, dilation = spread, (1, 1)
+        return F.conv2d(x, weight, None, self.stride, self.padding, dilation, self.groups)
 
     def _ones(self, like: Tensor) -> Tensor:
         return torch.ones(self.groups, *self.weight.shape[1:], dtype=like.dtype, device=like.device)
