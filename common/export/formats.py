@@ -77,5 +77,29 @@ FORMATS: dict[str, Format] = {
         "check_packed",
         "integer codes packed at their own bits, for the integer engine of this project",
     ),
+    "onnx": Format(
+        "onnx",
+        "network.onnx",
+        "common.export.onnx_formats",
+        "write_onnx",
+        "check_onnx",
+        "standard operators, weights stored in 2, 4 or 8 bits, arithmetic in floats; exact",
+    ),
+    "onnx-fp32": Format(
+        "onnx-fp32",
+        "network-fp32.onnx",
+        "common.export.onnx_formats",
+        "write_onnx_fp32",
+        "check_onnx_fp32",
+        "the same network without quantisers, to compare with",
+    ),
+    "torch": Format(
+        "torch",
+        "network.pt2",
+        "common.export.torch_export",
+        "write_torch",
+        "check_torch",
+        "a program of torch.export, weights of one byte, arithmetic in floats",
+    ),
 }
 """The formats by name; the order is that of `--format all`."""

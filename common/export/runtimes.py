@@ -51,7 +51,11 @@ class PackedRunner:
         return self.network(images)[0]
 
 
-READERS: dict[str, tuple[str, str]] = {".safetensors": ("common.export.runtimes", "PackedRunner")}
+READERS: dict[str, tuple[str, str]] = {
+    ".safetensors": ("common.export.runtimes", "PackedRunner"),
+    ".onnx": ("common.export.onnx_runtime", "OnnxRunner"),
+    ".pt2": ("common.export.torch_export", "TorchRunner"),
+}
 """Ending -> (module, callable of path and threads that gives a Runner), imported when a file asks for it."""
 
 
