@@ -1,9 +1,13 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a trained run on data: loss, top-1, top-5, cost, and a table of classes.
+"""Evaluate a trained run on data: loss, top-1, top-5, cost, classes. Or compare the backends that can run it.
 
 Without further flags it uses the run's own data and test set, and gives the figures of its result.json. Data of one's
 own need --data-module again: a Python file is not executed because a run names it.
+
+    python evaluate.py RUN --backends            # torch, the packed engine, onnxruntime: accuracy, speed, memory, size
+    python evaluate.py RUN/export                # the same for files that export.py has written and proved
+    python evaluate.py RUN/export/onnx.onnx      # one of them
 """
 
 from __future__ import annotations
@@ -17,16 +21,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.engine.cli import Config, Parser, add_run_argument, choice, integer
+from common.engine.cli import Config, Parser, add_run_argument, choice, integer, number
 from common.recipes.flags import run_program
 
 PROG = "evaluate.py"
+BACKENDS = ("fp32", "fake-quantised", "packed", "onnx-fp32", "onnx", "onnx-int8", "torch")
 
 
 def parser() -> Parser:
     """The flags."""
-    parser = Parser(prog=PROG, description=__doc__, usage="%(prog)s RUN [flags]")
-    add_run_argument(parser, help="a training run's folder")
+    parser = Parser(prog=PROG, description=__doc__, usage="%(prog)s TARGET [flags]")
+    add_run_argument(parser, help="a training run's folder; an exported file, or the folder of an export")
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FOLDER", help="one of its checkpoints (default: the newest valid one)")
     add("--dataset", "--set", metavar="NAME", help="other data of as many classes (default: the run's own)")
@@ -41,6 +46,13 @@ def parser() -> Parser:
     add("--split", type=choice("test", "val"), default="test", metavar="test|val", help="val: the held-out part")
     add("--device", type=choice("auto", "cpu", "cuda"), default="auto", metavar="auto|cpu|cuda", help="where")
     add("--threads", type=integer(1), metavar="N", help="CPU threads of torch (default: torch's choice)")
+    compared = f"compare backends, of a run too: {', '.join(BACKENDS)} (none named: all)"
+    add("--backends", nargs="*", type=choice(*BACKENDS), metavar="NAME", help=compared)
+    add("--images", type=integer(1), metavar="N", help="with backends: test on the first N images (default: on all)")
+    seconds = "with backends: seconds of timing for each batch size"
+    add("--seconds", type=number(positive=True), default=10.0, metavar="S", help=seconds)
+    clock = "with backends; cpu: processor time of one thread, on a machine that others use too"
+    add("--clock", type=choice("wall", "cpu"), default="wall", metavar="wall|cpu", help=clock)
     add("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
 
@@ -49,7 +61,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """The figures as one JSON object. Raises ValueError for what does not fit."""
     from common.cost import network_cost
     from common.data import hold_out
-    from common.recipes.recorded import same_function
+    from common.recipes.comparison import evaluated_data, own_images
     from common.recipes.setup import load_data, prepare_torch
     from common.recipes.trained import evaluate_split, load_trained
 
@@ -63,10 +75,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     network, trained, info = load_trained(config.run, config.checkpoint)
     build, size = info["build"], info["data"]["image_size"]
     check_places(config)
-    # The run's own data: executed is what the flag names, whatever the run's record says.
-    module = config.data_module
-    own = config.dataset is None and (module is None or same_function(module, trained.get("data_module")))
-    data = load_data(argparse.Namespace(**_data_flags(config, trained, own), image_size=size), _aside)
+    own = own_images(config, trained)
+    data = load_data(argparse.Namespace(**evaluated_data(config, trained, own), image_size=size), _aside)
     for key, found in (("num_classes", data.info.num_classes), ("in_channels", data.info.channels)):
         if build[key] != found:
             raise ValueError(
@@ -107,25 +117,21 @@ def _aside(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _data_flags(config: Config, trained: dict[str, Any], own: bool) -> dict[str, Any]:
-    """Where the images lie: the training's places, unless the flags name others."""
-    from common.recipes.setup import data_flags
-
-    # Other images than the run's: what it says of its own does not matter.
-    known = trained if own and not (config.trainfile or config.valfile) else {**trained, "data_module": None}
-    found = data_flags(known, f"RUN {config.run}", data_module=config.data_module, workers=config.workers)
-    del found["image_size"]
-    if not own:
-        found |= {"data": None, "trainfile": None, "valfile": None, "classes": None}
-        found["dataset"] = config.dataset or trained["dataset"]
-    if config.data is not None:
-        found |= {"data": config.data, "trainfile": None, "valfile": None}
-    if config.trainfile is not None or config.valfile is not None:
-        # Nothing is trained here, so one file will do.
-        either = config.valfile or config.trainfile
-        files = {"trainfile": config.trainfile or either, "valfile": either}
-        found |= {"dataset": "imagenet", "data": None, "data_module": None, **files}
-    return found
+def compares(config: Config) -> bool:
+    """Whether the flags ask for the table of backends. Raises ValueError for flags that mean nothing there, or here."""
+    target = config.run
+    exported = target is not None and (target.is_file() or (target.is_dir() and not (target / "config.json").exists()))
+    if config.backends is None and not exported:
+        for flag in ("images", "seconds", "clock"):
+            if config.explicit(flag):
+                raise ValueError(f"--{flag}: only has a meaning with --backends, or for exported files; drop it")
+        return False
+    if config.split == "val" or config.device == "cuda":
+        flag = "--split val" if config.split == "val" else "--device cuda"
+        raise ValueError(f"{flag}: backends are compared on test images and on the CPU; drop it")
+    if config.clock == "cpu" and config.threads != 1:
+        raise ValueError("--clock cpu: adds up all threads; give --threads 1, or --clock wall")
+    return True
 
 
 def text(found: dict[str, Any]) -> str:
@@ -153,6 +159,13 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def backends_text(found: dict[str, Any]) -> str:
+    """The table of backends."""
+    from common.recipes.backends import as_text
+
+    return as_text(found)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; the exit code."""
     config = parser().parse_args(argv)
@@ -160,9 +173,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         from common.engine.distributed import is_main
 
-        found = evaluate(config)
+        if compares(config):
+            from common.recipes.comparison import compare_target
+
+            check_places(config)
+            found, show = compare_target(config, BACKENDS), backends_text
+        else:
+            found, show = evaluate(config), text
         if is_main():
-            print(json.dumps(found, indent=2) if config.json else text(found))
+            print(json.dumps(found, indent=2) if config.json else show(found))
 
     return run_program(work, PROG, config)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ OUTLIER_DEVIATIONS = 5.0
 def interleaved(
     calls: Sequence[Call], *, rounds: int, least_seconds: float = 2e-3, clock: str = "wall"
 ) -> list[list[float]]:
-    """Seconds of each call, `rounds` samples of each, taken in turns after a warm-up.
+    """Seconds of each call, `rounds` samples of each, taken in turns, each turn in another order.
 
     A sample is the mean of as many repeats as take `least_seconds`, so that the clock's own steps do not count.
     """
@@ -29,12 +30,14 @@ def interleaved(
         taken = max(now() - started, 1e-7)
         repeats.append(max(1, round(least_seconds / taken)))
     samples: list[list[float]] = [[] for _ in calls]
+    order, source = list(range(len(calls))), random.Random(0)
     for _ in range(rounds):
-        for call, count, kept in zip(calls, repeats, samples, strict=True):
-            started = now()
-            for _repeat in range(count):
+        source.shuffle(order)  # what ran before leaves the caches warm for its like
+        for index in order:
+            call, started = calls[index], now()
+            for _repeat in range(repeats[index]):
                 call()
-            kept.append((now() - started) / count)
+            samples[index].append((now() - started) / repeats[index])
     return samples
 
 
