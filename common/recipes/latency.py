@@ -19,6 +19,7 @@ from common.cost.expected import bit_pairs
 from common.cost.latency import Conditions, LatencyTable, Timing
 from common.cost.places import CLASSIFIER, FLOAT, STEM, Place, Sizes, build_place, space_places
 from common.engine.environment import device_names, versions
+from common.export.onnx_runtime import open_session
 from common.nets import Architecture, build_network
 from common.nets.architecture import Bits
 from common.nets.sampling import random_bits, random_genotype
@@ -71,17 +72,9 @@ def _torch_call(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[st
 
 def _onnxruntime_call(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> Call:
     """onnxruntime's kernels for the full-precision graph of a module of one input."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError("--backend onnxruntime: is not installed; bash scripts/setup.sh export") from error
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         program = torch.onnx.export(module, inputs, dynamo=True, verbose=False, external_data=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.log_severity_level = 3
-    graph = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = open_session(program.model_proto, torch.get_num_threads())
     feed = {session.get_inputs()[0].name: inputs[0].numpy()}
     return lambda: session.run(None, feed)
 
@@ -227,7 +220,7 @@ def check(
             classifier_bits=sizes.classifier_bits if backend.sees_bits else 32,
             **space.quantizers,
         )
-        calls.append(backend.call(_Logits(_settled(network, x)), (x,), {}))
+        calls.append(backend.call(_Logits(_settled(network, x)).eval(), (x,), {}))
     samples = interleaved(calls, rounds=rounds, clock=table.conditions.clock)
     measured = [1e3 * steady(taken)[0] for taken in samples]
     pairs = list(zip(predicted, measured, strict=True))
