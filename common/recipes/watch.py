@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.engine.files import read_json
+from common.engine.folders import is_held
 from common.engine.progress import duration
-from common.engine.run import is_held
 from common.recipes.cell_layout import state_text
 from common.recipes.curves import PANELS, read_metrics
 

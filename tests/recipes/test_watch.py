@@ -83,7 +83,7 @@ def test_before_the_first_epoch_and_after_the_last(tmp_path: Path) -> None:
     write_run(tmp_path / "old", search_result(), architecture=architecture_json())
     text = shown(tmp_path / "old")
     assert "100%" in text and "finished after 2 min" in text and "left" not in text
-    write_run(tmp_path / "odd", search_result(seconds=float("inf")))
+    write_run(tmp_path / "odd", search_result(seconds=1e300))
     assert "finished" in shown(tmp_path / "odd")
 
 
