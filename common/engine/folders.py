@@ -159,10 +159,14 @@ def is_held(folder: Path) -> bool | None:
     try:
         import fcntl
 
-        with open(folder / LOCK, encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
+        file = open(folder / LOCK, encoding="utf-8")  # noqa: SIM115 (closed below)
     except (ImportError, OSError):
         return None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return None
     return False
