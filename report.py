@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.search_space is not None:
         _load_own(parser, args.search_space)
     if args.watch or args.once:
-        return _watch(parser, paths, once=args.once, watching=args.watch)
+        others = [f"--{name}" for name in ("html", "plots", "out", "pareto", "format") if getattr(args, name)]
+        return _watch(parser, paths, once=args.once, watching=args.watch, others=others)
     form = args.format or _ENDINGS.get(args.out.suffix.lower() if args.out else "", "md")
     records, problems = read_all(paths)
     try:
@@ -143,11 +144,13 @@ def _load_own(parser: Parser, file: Path) -> None:
         parser.fail([str(error)])
 
 
-def _watch(parser: Parser, paths: Sequence[Path], *, once: bool, watching: bool) -> int:
-    """--watch: the one run among the paths, until it ends."""
+def _watch(parser: Parser, paths: Sequence[Path], *, once: bool, watching: bool, others: Sequence[str]) -> int:
+    """--watch: the one run among the paths, until it ends. `others`: flags given with it that it has no use for."""
     from common.recipes.watch import watch
 
     folders, problems = find_runs(paths)
+    if watching and others:
+        problems = [f"--watch: shows a run as it goes, and {others[0]} writes a report; leave one of the two out"]
     if not watching:
         problems = ["--once: goes with --watch; add it"]
     elif not problems and len(folders) != 1:

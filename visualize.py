@@ -27,6 +27,7 @@ USAGE = (
 )
 _STILL, _FILM = ("svg", "png", "pdf"), ("gif", "mp4")
 _ENDINGS = _STILL + _FILM
+_FOREIGN = ("jpg", "jpeg", "webp", "bmp", "tif", "tiff", "eps", "ps", "webm", "mov", "avi", "html")
 _PARTS = ("bits", "confidence")
 
 
@@ -74,6 +75,8 @@ def chosen_formats(formats: Sequence[str], out: Path | None, default: Sequence[s
     Raises ValueError when --format and the ending of --out say different things.
     """
     ending = out.suffix.lower().lstrip(".") if out is not None else ""
+    if ending in _FOREIGN:
+        raise ValueError(f"--out {out}: no .{ending} is written; end it in one of {', '.join(_ENDINGS)}")
     if formats and ending in _ENDINGS and list(formats) != [ending]:
         raise ValueError(f"--format {' '.join(formats)} contradicts --out {out}; leave one of them out")
     return list(formats) or ([ending] if ending in _ENDINGS else list(default))
@@ -165,8 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             load_search_space(args.search_space)
         written, notes = _draw(args, targets[0], asked)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        flag = f"--out {args.out}" if args.out is not None else targets[0]
+        print(f"{flag}: {error.strerror or error} ({error.filename}); name another place by --out", file=sys.stderr)
         return 1
     for note in notes:
         print(note, file=sys.stderr)

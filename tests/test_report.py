@@ -216,18 +216,44 @@ def test_search_has_a_row_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row["reached"] for row in cells(out)] == ["no", "-"]
 
 
+def test_flags_changed_on_the_way_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = uniform(tmp_path / "run", 343)
+    config = json.loads((folder / "config.json").read_text())
+    changes = [{"flag": "learning_rate", "before": 0.1, "after": 0.05, "no_longer_exact": "rates"}]
+    config["sessions"] = [{"resumed_step": None}, {"resumed_step": 54, "changes": changes}]
+    (folder / "config.json").write_text(json.dumps(config))
+    code, out, _ = run(capsys, folder)
+    assert code == 0 and f"{folder}: flags changed on its way: --learning-rate 0.1 -> 0.05." in out
+
+
+def test_a_run_that_a_process_holds_is_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "going", None, config={"method": "qdarts", "stage": "train", "epochs": 20})
+    code = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'a')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\ninput()"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, folder / ".lock"], **pipes) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        _, out, _ = run(capsys, folder)
+        assert f"running: {folder} (0 of 20 epochs done)." in out and "--resume" not in out
+        holder.communicate("\n")
+    assert "--resume auto` goes on" in run(capsys, folder)[1]
+
+
 def test_unfinished_runs_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uniform(tmp_path / "done", 343)
     identity = {"method": "qdarts", "stage": "train", "dataset": "digits", "arch": "PC_DARTS", "epochs": 20}
     begun = write_run(tmp_path / "begun", None, config=identity)
     (begun / "metrics.csv").write_text("step,epoch,train_loss\n22,0,1.2\n44,1,0.9\n50,")
+    (begun / "history.jsonl").write_text('{"epoch": 0}\n{"epo')  # a row within the second epoch ends none
     write_run(tmp_path / "new", None, config=identity | {"stage": "search"})
     write_run(tmp_path / "said", train_result(finished=False), config=identity)
     code, out, err = run(capsys, tmp_path)
     assert code == 0 and not err
     marked = [row for row in cells(out) if "not finished" in row.values()]
     assert len(marked) == 3
-    assert "begun (in epoch 2 of 20)" in out and "new (before its first epoch)" in out
+    assert "begun (1 of 20 epochs done)" in out and "new (0 of 20 epochs done)" in out
     rows = objects(capsys, tmp_path)
     assert [row["finished"] for row in rows].count(False) == 3
 

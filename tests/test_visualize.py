@@ -241,10 +241,17 @@ def test_margins_are_not_those_of_other_cells_or_columns(here: Path) -> None:
         (("PC_DARTS", "--animate", "--wbits", "2", "--abits", "2"), "--wbits: a film"),
         (("PC_DARTS", "--animate", "--fps", "0"), "--fps"),
         (("PC_DARTS", "--animate", "--fps", "fast"), "--fps"),
-        (("run", "--animate", "--out", "x.svg"), "film format svg: choose from gif, mp4"),
+        (("run", "--out", "x.jpg"), "--out x.jpg: no .jpg is written; end it in one of svg, png, pdf, gif, mp4"),
+        (
+            ("run", "--animate", "--out", "x.svg"),
+            "--format svg: is no film's; choose from gif, mp4, or leave --animate out",
+        ),
         (("run", "--animate", "--format", "gif", "--out", "x.mp4"), "contradicts"),
-        (("run", "--format", "gif"), "gif: choose from svg, png, pdf"),
-        (("run", "--grown", "--format", "mp4"), "mp4: choose from svg, png, pdf"),
+        (
+            ("run", "--format", "gif"),
+            "--format gif: is no picture's; choose from svg, png, pdf; a film is drawn by --animate",
+        ),
+        (("run", "--grown", "--format", "mp4"), "--format mp4: is no picture's; choose from svg, png, pdf"),
         (("run", "--animate", "--bits"), "--bits: "),
     ],
 )

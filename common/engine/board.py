@@ -45,7 +45,9 @@ class Board:
         from torch.utils.tensorboard.summary import hparams
 
         known = {key: value if isinstance(value, (bool, int, float)) else _text(value) for key, value in flags.items()}
-        finals = {f"final/{key}": value for key, value in _flat(result).items()}
+        # what a network was built for stands among the flags
+        own = {key: value for key, value in result.items() if key != "network"}
+        finals = {f"final/{key}": value for key, value in _flat(own).items()}
         # SummaryWriter.add_hparams would open a folder beside this one, a run of its own for every table
         for summary in hparams({key: value for key, value in known.items() if value is not None}, finals):
             self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr]

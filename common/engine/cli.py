@@ -32,7 +32,6 @@ from common.engine.parsing import (
 
 __all__ = [
     "FIXED_BITS",
-    "VOLATILE",
     "Config",
     "Parser",
     "Switch",
@@ -66,16 +65,6 @@ __all__ = [
 ]
 
 FIXED_BITS = (1, 2, 3, 4, 8, 32)
-# These say how a run is shown, found or repeated, never what it computes: a resumed run may change them.
-VOLATILE = frozenset(
-    (
-        *("save", "resume", "runs", "preset", "config", "print_config", "list_presets", "dry_run", "log_every"),
-        *("allow_config_change", "given"),  # given: what flags said before something else followed from them
-        *("checkpoint_minutes", "tensorboard", "plots", "workers", "data", "trainfile", "valfile", "threads"),
-        *("use_data_parallel", "plan", "world_size", "gpus_per_node", "link_gbps", "step_seconds"),
-        "search_space",  # a place; what the file says is in search_space_digest
-    )
-)
 Kind = Callable[[str], Any]
 
 

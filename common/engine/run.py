@@ -15,17 +15,12 @@ both then, since a killed process leaves its last events unwritten. (design.md 4
 
 from __future__ import annotations
 
-import csv
-import errno
 import hashlib
-import io
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,67 +29,42 @@ from typing import IO, Any, Literal
 
 from common.engine import distributed
 from common.engine.board import Board, Painter
-from common.engine.changes import MISSING, Change, as_text, check_epochs, effects, owner_of
+from common.engine.changes import Change, as_text, check_epochs, effects, owner_of
 from common.engine.checkpoint import CheckpointStore, load_state
 from common.engine.environment import describe, started_as
-from common.engine.files import TEMPORARY, check_schema, fsync_folder, plain, read_json, unwritten, write_json
-from common.engine.progress import duration, say
-
-SCHEMA = 1
-CONFIG, LOG, METRICS, HISTORY, RESULT = "config.json", "log.txt", "metrics.csv", "history.jsonl", "result.json"
-TENSORBOARD, CHECKPOINTS, LOCK = "tensorboard", "checkpoints", ".lock"
-# Flags that never change what a run computes (a preset counts by the values it gave); `volatile` adds the callers' own.
-VOLATILE = frozenset(
-    {"save", "runs", "root", "resume", "config", "preset", "print_config", "list_presets", "dry_run"}
-    | {"allow_config_change", "quiet", "tensorboard", "plots", "workers", "checkpoint_minutes", "keep_checkpoints"}
+from common.engine.files import TEMPORARY, fsync_folder, plain, unwritten, write_json
+from common.engine.folders import (
+    CHECKPOINTS,
+    CONFIG,
+    HISTORY,
+    LOG,
+    METRICS,
+    OWN,
+    RESULT,
+    SCHEMA,
+    TENSORBOARD,
+    hold,
+    is_empty,
+    is_finished,
+    make_folder,
+    named,
+    newest,
+    read_config,
+    refuse_links,
 )
-_GROWING = (METRICS, HISTORY)
-_OWN = (CONFIG, LOG, *_GROWING, RESULT)
-_LOCK_PATIENCE = 5.0  # seconds; a killed process may take a moment to let go
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """What makes two runs the same run."""
-
-    method: str
-    stage: str
-    dataset: str
-    seed: int
-    config: dict[str, Any]
-    volatile: frozenset[str]
-    contents: Mapping[str, str]
-
-    def fields(self) -> dict[str, Any]:
-        """Every key that matters, with its value. None is the same as not there: flags may come later."""
-        own = {"method": self.method, "stage": self.stage, "dataset": self.dataset, "seed": self.seed}
-        matter = {key: value for key, value in self.config.items() if key not in self.volatile and value is not None}
-        return {**own, **matter}
-
-    def digest(self) -> str:
-        """sha256 of `fields`."""
-        return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
-
-    def changes(self, saved: Mapping[str, Any]) -> list[Change]:
-        """Every key that matters and differs from a saved config.json (None: as not there).
-
-        A content's digest that the saved one does not have yet is as it was; where the place is another, it is that
-        which is told.
-        """
-        old = {key: saved.get(key) for key in ("method", "stage", "dataset", "seed")}
-        old |= {key: value for key, value in saved["config"].items() if key not in self.volatile}
-        new = self.fields()
-        found = []
-        for key in sorted({*old, *new}):
-            if json.dumps(old.get(key)) == json.dumps(new.get(key)):
-                continue
-            before, after = (json.dumps(side[key]) if key in side else MISSING for side in (old, new))
-            place = self.contents.get(key)
-            if place is None:
-                found.append(Change(key, before, after))
-            elif key in old and json.dumps(old.get(place)) == json.dumps(new.get(place)):
-                found.append(Change(key, before, after, place, str(new.get(place))))
-        return found
+from common.engine.growing import (
+    GROWING,
+    check_noted,
+    csv_end,
+    csv_line,
+    csv_rows,
+    digest_of,
+    jsonl_end,
+    reading_rows,
+    too_long,
+)
+from common.engine.identity import VOLATILE, Identity
+from common.engine.progress import duration, say
 
 
 @dataclass(frozen=True)
@@ -122,7 +92,7 @@ class Run:
     already_finished: bool
     resumed_step: int | None
 
-    def __init__(self, identity: _Identity, *, quiet: bool, tensorboard: bool) -> None:
+    def __init__(self, identity: Identity, *, quiet: bool, tensorboard: bool) -> None:
         """Not for callers: `Run.open` makes runs. No file is open yet."""
         self.config, self.digest = identity.config, identity.digest()
         self._owner = self.digest  # whose the checkpoints are
@@ -177,7 +147,7 @@ class Run:
         difference), something else, or nothing valid to go on from; OSError when it cannot be written.
         """
         values = plain(dict(config), "config")
-        identity = _Identity(method, stage, dataset, seed, values, VOLATILE | {*volatile}, contents or {})
+        identity = Identity(method, stage, dataset, seed, values, VOLATILE | {*volatile}, contents or {})
         if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             resume = "auto"
         run = cls(identity, quiet=quiet, tensorboard=tensorboard)
@@ -224,7 +194,7 @@ class Run:
             return
         if self._columns is None:
             self._columns = ["step", *(key for key in row if key != "step")]
-            self._append(METRICS, _csv_line(self._columns))
+            self._append(METRICS, csv_line(self._columns))
         unknown = [key for key in row if key not in self._columns]
         if unknown:
             raise ValueError(f"metrics.csv has no column {', '.join(unknown)}: its first row fixes the columns")
@@ -233,7 +203,7 @@ class Run:
         values = {**row, "step": step}
         # Before this row is in the file: what is rebuilt from it must not hold the row twice.
         board = self._open_board()
-        self._append(METRICS, _csv_line([values.get(key, "") for key in self._columns]))
+        self._append(METRICS, csv_line([values.get(key, "") for key in self._columns]))
         self._last_step = step
         if board is not None:
             board.scalars(row, step)
@@ -264,7 +234,7 @@ class Run:
     def write_json(self, name: str, value: Any) -> Path:
         """Write `value` to the file `name` of the folder, atomically, and list it as an artefact."""
         path = self._inside(name)
-        if path.name in _OWN:
+        if path.name in OWN:
             raise ValueError(f"{name}: the run writes this file itself; choose another name")
         if self._main:
             write_json(path, value)
@@ -355,33 +325,33 @@ class Run:
         if resume is None:
             return _Place(self._start_folder(root, save), "fresh", self.digest)
         if resume == "auto":
-            folder = save if save is not None else _newest(root, self._identity)
+            folder = save if save is not None else newest(root, self._identity)
             if folder is None and changeable is not None:
                 raise ValueError(
                     "--allow-config-change: no run has these flags, and none is named whose flags could change; "
                     "add --save DIR, or give --resume RUN"
                 )
-            if folder is None or _is_empty(folder):
+            if folder is None or is_empty(folder):
                 return _Place(self._start_folder(root, folder), "fresh", self.digest)
             return self._go_on(folder, None, keep, f"--resume auto with {folder}", changeable)
-        folder, checkpoint = _named(Path(resume))
+        folder, checkpoint = named(Path(resume))
         if save is not None and Path(save).resolve() != folder.resolve():
             raise ValueError(f"--save {save} and --resume {resume} name two folders; drop --save to go on in {folder}")
         return self._go_on(folder, checkpoint, keep, f"--resume {resume}", changeable)
 
     def _start_folder(self, root: Path, save: Path | None) -> Path:
         if save is None:
-            folder = _make_folder(root, self._identity)
+            folder = make_folder(root, self._identity)
         else:
             folder = Path(save)
-            if not _is_empty(folder):
+            if not is_empty(folder):
                 raise ValueError(
                     f"--save {folder}: it exists and is not empty, and nothing is overwritten; name another folder,"
                     " or go on with the run in it by --resume auto"
                 )
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
-        if not _is_empty(folder):  # another process was faster
+        self._lock = hold(folder)
+        if not is_empty(folder):  # another process was faster
             raise ValueError(f"--save {folder}: another run has just started there; name another folder")
         return folder
 
@@ -392,10 +362,10 @@ class Run:
             raise ValueError(
                 f"{flag}: no run lies there (no {CONFIG}), and nothing is overwritten; name another folder"
             )
-        _refuse_links(folder, flag)
-        saved = _read_config(folder)
+        refuse_links(folder, flag)
+        saved = read_config(folder)
         changes = self._identity.changes(saved)
-        finished = _is_finished(folder)
+        finished = is_finished(folder)
         if changes and (changeable is None or finished):
             raise ValueError(
                 f"{flag}: the run there has another configuration"
@@ -410,7 +380,7 @@ class Run:
         self.digest, self._owner = saved.get("digest") or own, owner_of(saved) or own
         if finished:
             return _Place(folder, "finished", self.digest, owner=self._owner)
-        self._lock = _lock(folder)
+        self._lock = hold(folder)
         store = self._store(folder, keep)
         if checkpoint is not None:
             _, meta = load_state(checkpoint)
@@ -460,14 +430,14 @@ class Run:
         step = None
         environment = describe(self.config.get("device"))
         if place.meta is None:
-            for name in (LOG, *_GROWING):
+            for name in (LOG, *GROWING):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         else:
             step = place.meta["step"]
-            sessions = _read_config(folder).get("sessions", [])
-            _check_noted(place.meta)
-            messages, cuts = _too_long(folder, place.meta)
+            sessions = read_config(folder).get("sessions", [])
+            check_noted(place.meta)
+            messages, cuts = too_long(folder, place.meta)
             # Before the cut: killed after it, a newer checkpoint would be gone on from whose rows are not there.
             moved = CheckpointStore(folder / CHECKPOINTS, config_digest=self._owner).abandon_newer(step)
             for path, length in cuts:
@@ -518,9 +488,9 @@ class Run:
         if self.already_finished:
             self.log(f"already finished, nothing to do: {place.folder / RESULT}")
         elif self._main:
-            self._columns, self._last_step = _csv_end(place.folder / METRICS)
-            self._last_epoch = _jsonl_end(place.folder / HISTORY)
-            for name in _GROWING:
+            self._columns, self._last_step = csv_end(place.folder / METRICS)
+            self._last_epoch = jsonl_end(place.folder / HISTORY)
+            for name in GROWING:
                 self._growing[name] = open(place.folder / name, "a", encoding="utf-8", newline="")  # noqa: SIM115
 
     # ---- writing
@@ -534,7 +504,7 @@ class Run:
         """What a checkpoint notes of the run around it. Rows must be durable before the checkpoint that counts them."""
         self._sync_growing()
         lengths = {name: file.tell() for name, file in self._growing.items()}
-        digests = {name: _digest_of(self.folder / name, length) for name, length in lengths.items()}
+        digests = {name: digest_of(self.folder / name, length) for name, length in lengths.items()}
         return {"seconds": round(self.seconds, 3), "files": lengths, "sha256": digests}
 
     def _append(self, name: str, text: str) -> None:
@@ -562,10 +532,10 @@ class Run:
             self._tensorboard = False
             self.log(f"no TensorBoard events, metrics.csv has the same: {error} (pip install tensorboard)")
             return None
-        with _reading_rows(self.folder / METRICS):
-            for row in _csv_rows(self.folder / METRICS):
+        with reading_rows(self.folder / METRICS):
+            for row in csv_rows(self.folder / METRICS):
                 board.scalars(row, int(row["step"]))
-        with _reading_rows(self.folder / HISTORY):
+        with reading_rows(self.folder / HISTORY):
             lines = (self.folder / HISTORY).read_text(encoding="utf-8").splitlines() if self._painter else []
             for line in lines:
                 board.pictures(json.loads(line))
@@ -603,195 +573,6 @@ class Run:
         return {**artefacts, "result": RESULT}
 
 
-# ---- folders
-
-
-def _make_folder(root: Path, identity: _Identity) -> Path:
-    """A new folder of a name that nobody has; mkdir is exclusive, so parallel jobs never share one."""
-    parent = _parent(root, identity)
-    parent.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    name = f"{_safe(identity.dataset)}-s{identity.seed}-{stamp}"
-    number = 1
-    while True:
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            number += 1
-
-
-def _parent(root: Path, identity: _Identity) -> Path:
-    return Path(root) / f"{_safe(identity.method)}-{_safe(identity.stage)}"
-
-
-def _safe(word: str) -> str:
-    """A word for a folder's name: no separators, no leading dot, whatever a data set is called."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", word).lstrip(".-") or "unnamed"
-
-
-def _newest(root: Path, identity: _Identity) -> Path | None:
-    """The newest run of the same configuration under `root`."""
-    found: list[tuple[str, int, Path]] = []
-    for config in _parent(root, identity).glob(f"*/{CONFIG}"):
-        name = re.fullmatch(r".*-(\d{8}T\d{6})(?:-(\d+))?", config.parent.name)
-        try:
-            same = not identity.changes(_read_config(config.parent))
-        except ValueError:
-            continue  # not a run's config.json: not the one that is looked for
-        if name and same:
-            found.append((name[1], int(name[2] or 1), config.parent))
-    return max(found)[2] if found else None
-
-
-def _named(path: Path) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint or None) of --resume PATH: a run, its checkpoints folder, or one checkpoint."""
-    path = path.resolve()
-    if not path.exists():
-        raise ValueError(f"--resume {path}: there is no such folder; name a run's folder or one of its checkpoints")
-    if path.is_file():
-        path = path.parent
-    if (path / CONFIG).is_file():
-        return path, None
-    if path.name == CHECKPOINTS:
-        return path.parent, None
-    if path.parent.name == CHECKPOINTS:
-        return path.parent.parent, path
-    raise ValueError(f"--resume {path}: neither a run's folder (no {CONFIG}) nor a checkpoint of one")
-
-
-def _is_empty(folder: Path) -> bool:
-    """True for a folder that is missing or holds nothing but a lock and what a killed process left unfinished."""
-    folder = Path(folder)
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        raise ValueError(f"--save {folder}: a file, not a folder; name another")
-    return all(path.name == LOCK or path.name.startswith(TEMPORARY) for path in folder.iterdir())
-
-
-def _refuse_links(folder: Path, flag: str) -> None:
-    """Raise ValueError when one of the run's own files is a link out of its folder: writing, cutting back and removing
-    would change what lies elsewhere.
-    """
-    home = folder.resolve()
-    for path in (folder / name for name in (*_OWN, TENSORBOARD, CHECKPOINTS, LOCK)):
-        if path.is_symlink() and home not in path.resolve().parents:
-            raise ValueError(
-                f"{flag}: {path} is a link out of the run's folder, where nothing is written; put what it points to in "
-                "its place"
-            )
-
-
-def _is_finished(folder: Path) -> bool:
-    if not (folder / RESULT).exists():
-        return False
-    result = read_json(folder / RESULT)
-    return isinstance(result, dict) and result.get("finished") is True
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = check_schema(read_json(folder / CONFIG), SCHEMA, str(folder / CONFIG), "a run's configuration")
-    if not isinstance(config.get("config"), dict):
-        raise ValueError(f"{folder / CONFIG}: config is missing or of the wrong type")
-    if not isinstance(config.get("sessions", []), list):
-        raise ValueError(f"{folder / CONFIG}: sessions is not a list")
-    return config
-
-
-def _lock(folder: Path) -> IO[str] | None:
-    """Hold the folder for this process; the system lets go of it when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system: two runs in one folder are then the user's care
-        return None
-    try:  # not through a link, which would empty the file that it points to
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise ValueError(f"{folder / LOCK}: a link, through which nothing is written; remove it") from error
-    file = os.fdopen(handle, "a+", encoding="utf-8")  # held open on purpose
-    give_up = time.monotonic() + _LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > give_up:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                file.close()
-                raise ValueError(f"{folder}: another process ({holder}) runs there; wait for it or stop it") from None
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
-    return file
-
-
-def is_held(folder: Path) -> bool | None:
-    """Whether a process works in a run's folder; None where that cannot be told (no lock file, no such locks).
-
-    Not for a process that holds the folder itself: to look at its own lock would let go of it.
-    """
-    try:
-        import fcntl
-
-        with open(folder / LOCK, encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except (ImportError, OSError):
-        return None
-    return False
-
-
-# ---- files that grow
-
-
-def _too_long(folder: Path, meta: Mapping[str, Any]) -> tuple[list[str], list[tuple[Path, int]]]:
-    """(messages, the growing files to cut and how long they were when the checkpoint was made).
-
-    Raises ValueError where what was there then is not what is there now: rows cannot follow damaged ones.
-    """
-    lengths, digests = meta["extra"].get("files", {}), meta["extra"].get("sha256", {})
-    messages: list[str] = []
-    cuts: list[tuple[Path, int]] = []
-    for name in _GROWING:
-        path, length = folder / name, lengths.get(name, 0)
-        present = path.stat().st_size if path.exists() else 0
-        damaged = name in digests and present >= length and path.exists() and _digest_of(path, length) != digests[name]
-        if damaged or 0 < present < length:  # the next row would be glued to what is left of one
-            raise ValueError(
-                f"{path}: was {'damaged or changed' if damaged else 'cut short'} since the checkpoint of step "
-                f"{meta['step']}; put the right file back, or delete it to go on without its rows"
-            )
-        if present < length:
-            messages.append(f"{name} is not there any more ({length} bytes at the checkpoint): rows are lost")
-        elif present > length:
-            cuts.append((path, length))
-    return messages, cuts
-
-
-def _check_noted(meta: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a checkpoint notes of its run what `Run._extra` writes, or what older versions did."""
-    extra = meta["extra"]
-    lengths, digests = extra.get("files", {}), extra.get("sha256", {})
-    right = isinstance(lengths, dict) and isinstance(digests, dict) and type(extra.get("seconds", 0.0)) in (int, float)
-    if not right or not all(type(length) is int and length >= 0 for length in lengths.values()):
-        raise ValueError(f"the checkpoint of step {meta['step']}: what it notes of its run is not what a run writes")
-
-
-def _digest_of(path: Path, length: int) -> str:
-    """sha256 of a file's first `length` bytes."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(length)).hexdigest()
-
-
 def _changes(sessions: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
     """What else is not as in the session before, so that going on may not be bit-exact."""
     before = sessions[-1] if sessions and isinstance(sessions[-1], dict) else {}
@@ -802,42 +583,3 @@ def _changes(sessions: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> l
 def _other_ranks(meta: Mapping[str, Any]) -> list[str]:
     before, now = meta.get("world_size", 1), distributed.world_size()
     return [] if before == now else [f"not as before, so not bit-exact: processes {before} -> {now}"]
-
-
-def _csv_line(cells: Sequence[Any]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(cells)  # floats by repr: read back exactly
-    return buffer.getvalue()
-
-
-def _csv_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _csv_end(path: Path) -> tuple[list[str] | None, int | None]:
-    """(columns, last row's step) of metrics.csv, None for what is not there yet."""
-    if not path.exists() or not path.stat().st_size:
-        return None, None
-    with _reading_rows(path):
-        with open(path, encoding="utf-8", newline="") as file:
-            columns = next(csv.reader(file))
-        rows = _csv_rows(path)
-        return columns, int(rows[-1]["step"]) if rows else None
-
-
-def _jsonl_end(path: Path) -> int | None:
-    if not path.exists():
-        return None
-    with _reading_rows(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return int(json.loads(lines[-1])["epoch"]) if lines else None
-
-
-@contextmanager
-def _reading_rows(path: Path) -> Iterator[None]:
-    """ValueError with the file's name for rows that are none (of a run whose checkpoints note no digest of them)."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, StopIteration, csv.Error) as error:
-        raise ValueError(f"{path}: its rows cannot be read ({error}); delete it to go on without them") from error

@@ -401,8 +401,10 @@ def load_architecture(name_or_path: str | Path) -> Architecture:
         try:
             canonical, genotype = lookup(str(name_or_path))
         except ValueError:
-            message = f"{name_or_path}: this folder holds no architecture.json; name a search's run folder"
-            raise ValueError(message) from None
+            cure = "name a search's run folder"
+            if (path / "config.json").is_file():
+                cure = "a search writes it at its end; go on with that run first (--resume auto), or name another"
+            raise ValueError(f"{name_or_path}: this folder holds no architecture.json; {cure}") from None
         return Architecture(genotype, name=canonical)
     path = path / "architecture.json" if path.is_dir() else path
     if path.is_file():

@@ -405,7 +405,10 @@ def make_quantizer(
     ACTIVATION_QUANTIZERS or WEIGHT_QUANTIZERS. Raises ValueError for an unknown name or bit-width.
     """
     if name not in registry:
-        raise ValueError(f"quantizer: {name!r} is unknown; choose among {', '.join(registry)}")
+        raise ValueError(
+            f"quantizer: {name!r} is unknown; choose among {', '.join(registry)}, or import the file that registers "
+            "one of your own first (docs/own-quantiser.md)"
+        )
     if bits == FLOAT_BITS:
         return nn.Identity()
     return registry[name](bits, scheme=scheme, signed=signed)

@@ -7,6 +7,7 @@ only the choices move. Frames are painted by matplotlib; the GIF needs Pillow, t
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.engine.files import read_json, write_bytes
+from common.nets import load_architecture
 from common.recipes import cells_matplotlib as painter
 from common.recipes.cell_layout import Box, Cell, Drawing, plan_pictures
 from common.recipes.cell_style import BIT_COLOURS, CONCAT, FILL, INK, MIXED_COLOUR, NO_WEIGHTS, PLAIN
@@ -101,14 +103,19 @@ def read_film(run: Path) -> Film:
     rows = [*history.rows[:-1:every], history.rows[-1]]
     if every > 1:
         notes.append(f"{len(history.rows)} epochs: {len(rows)} of them are shown")
-    choices = tuple(choice_of(row, run) for row in rows)
+    choices = [choice_of(row, run) for row in rows]
+    if (run / "architecture.json").is_file() and choices[-1].sampled:
+        found = load_architecture(str(run))  # by more than one epoch's samples
+        if found.genotype != choices[-1].architecture.genotype:
+            choices.append(replace(choices[-1], architecture=found, sampled=0, final=True))
+            rows.append(rows[-1])
     if len({_shape(choice) for choice in choices}) > 1:
         raise ValueError(f"{run / 'history.jsonl'}: its epochs have cells of different sizes; the file is damaged")
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     flags = config.get("config") if isinstance(config, dict) else None
     epochs = flags.get("epochs") if isinstance(flags, dict) else None
     name = "/".join(run.resolve().parts[-2:])
-    return Film(name, choices, tuple(rows), epochs if isinstance(epochs, int) else None, tuple(notes))
+    return Film(name, tuple(choices), tuple(rows), epochs if isinstance(epochs, int) else None, tuple(notes))
 
 
 def _shape(choice: Choice) -> tuple[int, ...]:
@@ -119,7 +126,9 @@ def draw_film(film: Film, stem: Path, *, formats: Iterable[str], fps: float) -> 
     """Write `stem` + `.gif`, `.mp4`; returns the files. Raises ValueError when ffmpeg is missing or fails."""
     wanted = list(dict.fromkeys(formats))
     if unknown := [name for name in wanted if name not in FORMATS]:
-        raise ValueError(f"film format {', '.join(unknown)}: choose from {', '.join(FORMATS)}")
+        raise ValueError(
+            f"--format {' '.join(unknown)}: is no film's; choose from {', '.join(FORMATS)}, or leave --animate out"
+        )
     if "mp4" in wanted and not has_ffmpeg():
         raise ValueError("--format mp4: the program ffmpeg is not installed; install it, or take --format gif")
     frames = list(_frames(film))
@@ -150,6 +159,8 @@ def lay_out_film(film: Film) -> list[Drawing]:
 
 
 def _title(film: Film, choice: Choice) -> str:
+    if choice.final:
+        return f"{film.name}: what was found"
     of = f" of {film.epochs}" if film.epochs else ""
     sampled = f", the best of {choice.sampled} samples" if choice.sampled else ""
     return f"{film.name}: epoch {choice.epoch + 1}{of}{sampled}"
@@ -262,11 +273,16 @@ def _mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
     with tempfile.TemporaryDirectory() as place:
         target = Path(place) / "film.mp4"
         command = ["ffmpeg", "-hide_banner", "-loglevel", "error", *source, "-i", "-", *picture, str(target)]
-        pixels = b"".join(frame.convert("RGB").tobytes() for frame in held)
-        done = subprocess.run(command, input=pixels, capture_output=True, check=False)
-        if done.returncode or not target.is_file():
-            said = done.stderr.decode(errors="replace").strip().splitlines()
-            raise ValueError(
-                f"--format mp4: ffmpeg failed ({said[-1] if said else done.returncode}); take --format gif"
-            )
+        with open(Path(place) / "said.txt", "w+b") as said:
+            # one frame at a time: a film's pixels together are gigabytes
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said) as ffmpeg:
+                assert ffmpeg.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # it has failed, and says why
+                    for frame in held:
+                        ffmpeg.stdin.write(frame.convert("RGB").tobytes())
+            said.seek(0)
+            words = said.read().decode(errors="replace").strip().splitlines()
+        if ffmpeg.returncode or not target.is_file():
+            why = words[-1] if words else ffmpeg.returncode
+            raise ValueError(f"--format mp4: ffmpeg failed ({why}); take --format gif")
         return target.read_bytes()

@@ -26,6 +26,8 @@ class Choice:
     """None: the search has no logits of operations."""
     sampled: int = 0
     """Where the search samples architectures: how many that epoch; the best of them is the one here."""
+    final: bool = False
+    """Not an epoch's choice, but what the whole search found."""
 
 
 def choice_of(row: Mapping[str, Any], where: Path) -> Choice:

@@ -30,7 +30,7 @@ from common.recipes.cell_layout import (
 )
 from common.recipes.cell_style import CONCAT, FILL, FRAME_RIM, NO_WEIGHTS, PLAIN, RIM, bit_colour
 from common.recipes.grown_network import Grown, GrownCell, searched_kinds
-from common.recipes.pictures import FORMATS, bits_legend, place_chips
+from common.recipes.pictures import FORMATS, bits_legend, place_chips, unknown_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def draw_grown(grown: Grown, stem: Path, *, formats: Iterable[str], title: str) 
     """Write `stem` + `.svg`, ...; returns the files. Raises ValueError for an unknown format or too many cells."""
     wanted = list(dict.fromkeys(formats))
     if unknown := [name for name in wanted if name not in FORMATS]:
-        raise ValueError(f"picture format {', '.join(unknown)}: choose from {', '.join(FORMATS)}")
+        raise ValueError(unknown_format(unknown))
     if len(grown.cells) > _MAX_CELLS:
         raise ValueError(f"--layers: {len(grown.cells)} cells make no picture; at most {_MAX_CELLS} are drawn")
     picture = _Picture(grown, title)

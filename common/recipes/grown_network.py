@@ -137,7 +137,7 @@ def _from_flags(flags: Mapping[str, Any], darts: bool, target: Target) -> tuple[
     """The same of a search or an unfinished training by its flags; what they do not say is the papers'."""
 
     def said(name: str) -> int:
-        found = flags.get(f"eval_{name}") or flags.get(name) or _DEFAULTS[name]
+        found = flags.get(f"eval_{name}") or flags.get(name) or _DEFAULTS.get(name)
         if type(found) is not int or not 1 <= found <= _MOST:
             raise ValueError(f"{target.run}/config.json: {name} is {found!r}, no size of a network; name another run")
         return found
@@ -145,8 +145,8 @@ def _from_flags(flags: Mapping[str, Any], darts: bool, target: Target) -> tuple[
     dataset = str(flags.get("dataset")) if flags else "cifar10"
     channels, usual, classes = SHAPES.get(dataset, (3, None, None))
     # ImageNet's folder may hold a part of its classes, and nothing but the images says so
-    classes = flags.get("classes") or (None if dataset == "imagenet" else classes)
-    pixels = flags.get("image_size") or usual
+    classes = (said("classes") if flags.get("classes") else None) or (None if dataset == "imagenet" else classes)
+    pixels = said("image_size") if flags.get("image_size") else usual
     build: dict[str, Any] = {"in_channels": channels, "num_classes": classes, "layers": said("layers")}
     if darts:
         stem = flags.get("stem")

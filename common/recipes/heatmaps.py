@@ -224,7 +224,7 @@ def _places(rows: Sequence[HistoryRow], operand: str) -> list[tuple[str, tuple[s
         rank, names = seen[kind], tuple(_arrow(*edge) for edge in _edges(edges.shape[2]))
         seen[kind] += 1
         inputs = [end[:, rank, None] for end in ends if end is not None]
-        labels = ("input 0", "input 1")[: len(inputs)] + names
+        labels = (state_text(0), state_text(1))[: len(inputs)] + names
         found.append((f"cell {depth}, {_KIND_NAMES[kind]}", labels, np.concatenate([*inputs, edges[:, rank]], 1)))
     return found or _flat_places(rows[-1], tables, operand)
 
@@ -233,6 +233,8 @@ def _flat_places(
     row: HistoryRow, tables: Mapping[str, ndarray | None], operand: str
 ) -> list[tuple[str, tuple[str, ...], ndarray]]:
     """Of a search that has a row a convolution: [epochs, convolutions, bits] by kind of cell."""
+    from common.nets.darts_space import is_reduction  # brings torch, for which no --help waits
+
     layers = list((row.get("bits") or {}).get("layers") or {})
     found = []
     for kind in ("normal", "reduce"):
@@ -240,7 +242,7 @@ def _flat_places(
         if table is None or table.ndim != 3:
             continue
         count = 1 + max((_cell_of(name) for name in layers), default=0)
-        own = [name for name in layers if (_cell_of(name) in (count // 3, 2 * count // 3)) == (kind == "reduce")]
+        own = [name for name in layers if is_reduction(_cell_of(name), count) == (kind == "reduce")]
         names = tuple(own) if len(own) == table.shape[1] else tuple(f"layer {k}" for k in range(table.shape[1]))
         found.append((f"{_KIND_NAMES[kind]} cells", tuple(name.removeprefix("cells.") for name in names), table))
     return found
@@ -253,19 +255,16 @@ def _cell_of(layer: str) -> int:
 
 
 def _gammas(rows: Sequence[HistoryRow]) -> list[Section]:
-    """The expected bits of each place by epoch."""
-    import numpy as np
-
+    """The probability of each bit-width in each place by epoch; of two bit-widths that of the larger says it all."""
     sections = []
     for operand, title in _OPERANDS:
-        blocks = []
-        for name, labels, table in _places(rows, operand):
-            choices = _choices(rows[-1], table.shape[-1])
-            if choices:
-                values = (table @ np.asarray(choices, dtype=float)).T
-                blocks.append(Block(values, name, labels, columns=_epochs(rows)))
-        if blocks:
-            sections.append(Section(f"gammas of {title}: expected bits by epoch", "bits", _wrapped(blocks)))
+        places = _places(rows, operand)
+        widths = {table.shape[-1] for _, _, table in places}
+        choices = _choices(rows[-1], widths.pop()) if len(widths) == 1 else ()
+        for column, bits in list(enumerate(choices))[1 if len(choices) == 2 else 0 :]:
+            blocks = [Block(t[..., column].T, name, labels, columns=_epochs(rows)) for name, labels, t in places]
+            head = f"gammas of {title} by epoch: {bits} bits (mean of an edge's operations)"
+            sections.append(Section(head, "probability", _wrapped(blocks)))
     return sections
 
 

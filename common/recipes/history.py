@@ -37,9 +37,19 @@ def read_history(folder: Path) -> History:
         if line.strip():
             row = _row(file, number, line)
             rows[row["epoch"]] = row
+    if not rows and (folder / "result.json").is_file():
+        raise ValueError(f"{file}: has no whole epoch, though its run has ended; it was cut off, name another run")
     if not rows:
         raise ValueError(f"{file}: has no whole epoch yet; wait for the first one")
     return History(tuple(rows[epoch] for epoch in sorted(rows)), torn=bool(data[end:].strip()))
+
+
+def epochs_over(folder: Path) -> int:
+    """How many epochs of a run are over: the lines of its history.jsonl, 0 where there is none."""
+    try:
+        return (folder / "history.jsonl").read_bytes().count(b"\n")
+    except OSError:  # none is over yet
+        return 0
 
 
 def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -123,8 +124,8 @@ def _summary(rows: Sequence[Row], problems: Sequence[str]) -> str:
     done = {stage: sum(r.finished and r.stage == stage for r in records) for stage in ("train", "search")}
     going = [record for record in records if not record.finished]
     counts = [
-        ("trainings finished", str(done["train"])),
-        ("searches finished", str(done["search"])),
+        ("trainings finished", str(done["train"]) if done["train"] else ""),
+        ("searches finished", str(done["search"]) if done["search"] else ""),
         ("not finished", str(len(going)) if going else ""),
     ]
     lines = []
@@ -135,8 +136,9 @@ def _summary(rows: Sequence[Row], problems: Sequence[str]) -> str:
             bitops = best.mean("bitops")
             cost = f" at {_scaled(bitops, 'BitOps')}" if bitops else ""
             name = f"{best.common(lambda r: r.method)} {best.bits_label} {best.first.architecture}".strip()
-            lines.append(f"{kind[0]}: highest test accuracy {_percent(best)} by {name}{cost}, of {len(members)} rows.")
-    lines += [f"{record.folder}: not finished, {record.progress}." for record in going]
+            among = f", of {len(members)} rows" if len(members) > 1 else ""
+            lines.append(f"{kind[0]}: highest test accuracy {_percent(best)} by {name}{cost}{among}.")
+    lines += [f"{record.folder}: {record.state}." for record in going]
     said = parts.notes(lines) + parts.notes((f"Not read: {problem}" for problem in problems), "warn")
     return f'<div class="card">{parts.facts(counts)}{said}</div>'
 
@@ -191,9 +193,11 @@ def _differences(
             shown = {"flag": [f"<code class=flag>--{escape(key.replace('_', '-'))}</code>" for key in differing]}
             columns = shown | {names[f]: [_shown(flags[f].get(key)) for key in differing] for f in members}
             body = parts.table(columns, left=columns, raw=["flag"])
-            body += parts.notes(
-                [f"{len(keys) - len(differing)} further flags that matter are the same in all of them."]
-            )
+            others = [key for key in keys if key not in differing]
+            same = sum(all(key in flags[folder] for folder in members) for key in others)
+            some = len(others) - same
+            only = f"; {some} are flags of some of them only, left as they are" if some else ""
+            body += parts.notes([f"{same} further flags that matter are the same in all of them{only}."])
         else:
             body = parts.notes(["All the flags that matter are the same."])
         name = f"differences-{stage}"
@@ -282,7 +286,7 @@ def _facts(record: Record, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = numbers.get("weight_bytes")
     sessions = len(config["sessions"]) if isinstance(config.get("sessions"), list) else 0
     return [
-        ("state", "finished" if record.finished else f"not finished, {record.progress}"),
+        ("state", record.state),
         ("run", f"{record.stage} by {record.method}, {record.dataset}, seed {record.seed}"),
         ("architecture", record.architecture),
         ("test accuracy" if record.stage == "train" else "validation accuracy", accuracy + of),
@@ -296,12 +300,16 @@ def _facts(record: Record, config: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("device", record.device),
         ("folder", str(record.folder)),
         ("sessions", str(sessions) if sessions > 1 else ""),
+        ("flags changed on its way", "; ".join(record.changed)),
     ]
 
 
 def _command(config: Mapping[str, Any]) -> str:
-    argv = config.get("argv")
-    return f"<p><code>{escape(' '.join(map(str, argv)))}</code></p>" if isinstance(argv, list) and argv else ""
+    """The command of each session, each once."""
+    sessions = config.get("sessions") if isinstance(config.get("sessions"), list) else []
+    lines = [one.get("argv") for one in (*sessions, config) if isinstance(one, Mapping)]
+    shown = dict.fromkeys(shlex.join(["python", *map(str, argv)]) for argv in lines if isinstance(argv, list) and argv)
+    return "".join(f"<p><code>{escape(line)}</code></p>" for line in shown)
 
 
 def _cells(record: Record, anchor: str) -> str:
@@ -314,8 +322,11 @@ def _cells(record: Record, anchor: str) -> str:
     if (record.folder / "architecture.json").is_file():
         architecture = load_architecture(str(record.folder))
         if record.stage == "search" and (record.folder / "history.jsonl").is_file():
-            row = read_history(record.folder).rows[-1]
-            margins = choice_of(row, record.folder).margins if "genotype" in row else None
+            try:
+                row = read_history(record.folder).rows[-1]
+                margins = choice_of(row, record.folder).margins if "genotype" in row else None
+            except ValueError as error:
+                caption = f"Both cells; how sure each choice was is not known: {error}"
     elif record.stage == "search":
         choice = choice_of(read_history(record.folder).rows[-1], record.folder)
         architecture, margins = choice.architecture, choice.margins

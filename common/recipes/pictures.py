@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from common.engine.files import write_bytes
 from common.nets.architecture import Architecture, BitPolicy, Bits, CellBits, needs_bits
+from common.nets.darts_space import is_reduction
 from common.recipes import cells_graphviz, cells_matplotlib
 from common.recipes.cell_layout import Cell, CellEdge, Chip, Drawing, Plan, lay_out
 from common.recipes.cell_style import BIT_COLOURS, MIXED_COLOUR, NO_WEIGHTS, OTHER_COLOUR, legend_text, margin_width
@@ -52,7 +53,7 @@ def draw_cells(
     stem, wanted = Path(stem), list(dict.fromkeys(formats))
     unknown = [name for name in wanted if name not in FORMATS]
     if unknown or not wanted:
-        raise ValueError(f"picture format {', '.join(unknown) or '(none)'}: choose from {', '.join(FORMATS)}")
+        raise ValueError(unknown_format(unknown))
     drawing = lay_out_architecture(architecture, title=title, margins=margins)
     paint = cells_matplotlib.paint if _painter(painter) == "matplotlib" else cells_graphviz.paint
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -102,16 +103,28 @@ def lay_out_cells(
     return lay_out(cells, title=title, legend=legend, widths=widths, plan=plan)
 
 
+def unknown_format(unknown: Sequence[str]) -> str:
+    """What is wrong with formats that no still picture has, and the cure."""
+    film = "; a film is drawn by --animate" if {"gif", "mp4"} & set(unknown) else ""
+    return f"--format {' '.join(unknown) or '(none)'}: is no picture's; choose from {', '.join(FORMATS)}{film}"
+
+
 def bits_legend(chips: Iterable[Chip]) -> list[tuple[str, str]]:
     """(text, colour) of every bit-width among the chips."""
     chips = list(chips)
     shown = {bits for chip in chips for bits in chip.bits}
     legend = [(legend_text(bits), colour) for bits, colour in BIT_COLOURS.items() if bits in shown]
-    if shown - BIT_COLOURS.keys():
+    # several bit-widths on one chip have the colour of "differs"; a line shows the ends of the weights'
+    ends = {end for chip in chips if len(chip.bits) == 1 or chip.text.startswith("w") for end in _ends(chip)}
+    if ends - BIT_COLOURS.keys():
         legend.append(("other bits", OTHER_COLOUR))
     if any(len(chip.bits) > 1 for chip in chips):
         legend.append(("differs within or between cells", MIXED_COLOUR))
     return legend
+
+
+def _ends(chip: Chip) -> tuple[int, int]:
+    return min(chip.bits), max(chip.bits)
 
 
 def architecture_cells(architecture: Architecture, margins: Margins | None = None) -> list[Cell]:
@@ -168,8 +181,8 @@ def _layers_of(layers: Mapping[str, Bits], kind: str, part: str) -> list[Bits]:
     """Bits of the convolutions in one part of all cells of a type; layers are named as the network's modules."""
     found = [(int(m[1]), f"{m[2]}.", bits) for name, bits in layers.items() if (m := _CELL_LAYER.match(name))]
     count = 1 + max((cell for cell, _, _ in found), default=0)
-    reductions = (count // 3, 2 * count // 3)  # where the evaluation network has them
-    return [b for cell, rest, b in found if (cell in reductions) == (kind == "reduce") and rest.startswith(f"{part}.")]
+    wanted = [(rest, b) for cell, rest, b in found if is_reduction(cell, count) == (kind == "reduce")]
+    return [b for rest, b in wanted if rest.startswith(f"{part}.")]
 
 
 def place_chips(pairs: Sequence[Bits]) -> tuple[Chip, ...]:

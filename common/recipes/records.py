@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.engine.changes import changes_of
+from common.engine.changes import changes_of, flag
 from common.engine.files import read_json
+from common.engine.folders import is_held
 from common.recipes.contents import CONTENTS
+from common.recipes.history import epochs_over
 
 # flags that do not make two runs different experiments
 _INCIDENTAL = frozenset(
@@ -43,6 +44,10 @@ class Record:
     finished: bool
     progress: str = ""
     """How far an unfinished run came."""
+    held: bool | None = None
+    """Whether a process works on an unfinished run; None: not known."""
+    changed: tuple[str, ...] = ()
+    """Which flags had other values at first (--allow-config-change), such as `--epochs 12 -> 7`."""
     architecture: str = ""
     search: str = ""
     """Which search found the architecture, the same text for all of its trainings; empty: none did."""
@@ -69,6 +74,13 @@ class Record:
     """Its cells and bits as a text; with the place of the images, where they are a folder."""
     started_from: tuple[str, ...] = ()
     """What the flags in CONTENTS led to: digest of that run's configuration, else of the content, else the place."""
+
+    @property
+    def state(self) -> str:
+        """finished, running or not finished, and how far."""
+        if self.finished:
+            return "finished"
+        return f"{'running' if self.held else 'not finished'}, {self.progress}"
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
@@ -129,6 +141,7 @@ def read_run(folder: Path) -> Record:
         "settings": _settings(config),
         "sources": _sources(config),
         "device": _device(result.get("device")),
+        "changed": _changed(config),
         "digest": str(config.get("digest") or ""),
         "cells": _cells(folder, _flags(config)),
         "started_from": _started_from(folder, _flags(config)),
@@ -206,21 +219,23 @@ def _unfinished(folder: Path, config: Mapping[str, Any], result: Mapping[str, An
         seed=seed if isinstance(seed, int) else None,
         finished=False,
         progress=_progress(folder, flags.get("epochs")),
+        held=is_held(folder),
+        changed=_changed(config),
         architecture=str(known.get("arch") or ""),
         settings=_settings(config),
     )
 
 
+def _changed(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The flags that changed when the run went on, one text each; a note that is none counts as none."""
+    notes = (one for one in changes_of(config) if {"flag", "before", "after"} <= one.keys())
+    return tuple(f"{flag(str(o['flag']))} {json.dumps(o['before'])} -> {json.dumps(o['after'])}" for o in notes)
+
+
 def _progress(folder: Path, epochs: Any) -> str:
-    """How far metrics.csv has come, such as `epoch 3 of 20`; a half-written last line is passed over."""
-    try:
-        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as lines:
-            seen = [int(float(row["epoch"])) for row in csv.DictReader(lines) if (row.get("epoch") or "").strip()]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError):
-        seen = []
-    if not seen:
-        return "before its first epoch"
-    return f"in epoch {seen[-1] + 1}" + (f" of {epochs}" if isinstance(epochs, int) else "")
+    """How many epochs are over, such as `3 of 20 epochs done`: history.jsonl has a line for each."""
+    done = epochs_over(folder)
+    return f"{done} of {epochs} epochs done" if isinstance(epochs, int) else f"{done} epochs done"
 
 
 def _architecture(common: Mapping[str, Any], fields: _Fields) -> dict[str, Any]:
@@ -298,10 +313,10 @@ def _cells(folder: Path, flags: Mapping[str, Any]) -> str:
 def _started_from(folder: Path, flags: Mapping[str, Any]) -> tuple[str, ...]:
     """See `Record.started_from`; the cells count by themselves, wherever they came from."""
     found = []
-    for key, flag in CONTENTS.items():
-        if flag != "arch" and flags.get(flag):
-            runs = (_config_of(place).get("digest") for place in _places(folder, [flags[flag]]))
-            found.append(f"{flag}: {next(filter(None, runs), None) or flags.get(key) or flags[flag]}")
+    for key, place_flag in CONTENTS.items():
+        if place_flag != "arch" and flags.get(place_flag):
+            runs = (_config_of(place).get("digest") for place in _places(folder, [flags[place_flag]]))
+            found.append(f"{place_flag}: {next(filter(None, runs), None) or flags.get(key) or flags[place_flag]}")
     return tuple(found)
 
 

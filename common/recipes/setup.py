@@ -16,7 +16,7 @@ from common.data.stand_in import stand_in
 from common.engine import Run, distributed
 from common.engine.accumulation import Batch, accumulated, batches_of
 from common.engine.changes import CHANGEABLE
-from common.engine.cli import VOLATILE, Config
+from common.engine.cli import Config
 from common.engine.progress import say as say_here
 from common.engine.protocols import BatchStream
 from common.nets import share_statistics
@@ -174,7 +174,6 @@ def open_run(
         root=config.runs,
         save=config.save,
         resume=Path(config.resume) if config.resume not in (None, "auto") else config.resume,
-        volatile=VOLATILE,
         contents=CONTENTS,
         changeable=changeable if getattr(config, "allow_config_change", False) else None,
         tensorboard=config.tensorboard,

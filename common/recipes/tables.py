@@ -179,7 +179,7 @@ def _train_table(rows: Sequence[Row]) -> Table:
     return Table(
         *_heading(rows, finished, "test images"),
         columns,
-        _unfinished_notes(rows) + repeat_notes(rows) + _train_notes(columns, finished),
+        _unfinished_notes(rows) + _changed_notes(rows) + repeat_notes(rows) + _train_notes(columns, finished),
     )
 
 
@@ -241,7 +241,7 @@ def _search_table(rows: Sequence[Row]) -> Table:
         notes.append("search s: (+ all that the search started from: cells, weights).")
     dropped = {"size": not any(columns["size"]), "device": _one_device(finished)}
     columns = {name: column for name, column in columns.items() if not dropped.get(name)}
-    return Table(*_heading(rows, finished, ""), columns, _unfinished_notes(rows) + notes)
+    return Table(*_heading(rows, finished, ""), columns, _unfinished_notes(rows) + _changed_notes(rows) + notes)
 
 
 def _heading(rows: Sequence[Row], finished: Sequence[Row], counted: str) -> tuple[str, str]:
@@ -286,10 +286,18 @@ def _one_device(rows: Sequence[Row]) -> bool:
 
 def _unfinished_notes(rows: Sequence[Row]) -> list[str]:
     return [
-        f"not finished: {row.first.folder} ({row.first.progress}); `--resume auto` goes on with it."
+        f"running: {row.first.folder} ({row.first.progress})."
+        if row.first.held
+        else f"not finished: {row.first.folder} ({row.first.progress}); `--resume auto` goes on with it."
         for row in rows
         if not row.first.finished
     ]
+
+
+def _changed_notes(rows: Sequence[Row]) -> list[str]:
+    """Which runs are neither what their flags say nor what they were begun as."""
+    records = (record for row in rows for record in row.records if record.changed)
+    return [f"{record.folder}: flags changed on its way: {'; '.join(record.changed)}." for record in records]
 
 
 def _accuracy(row: Row) -> str:

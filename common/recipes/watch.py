@@ -11,16 +11,17 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.engine.files import read_json
+from common.engine.folders import is_held
 from common.engine.progress import duration
-from common.engine.run import is_held
 from common.recipes.cell_layout import state_text
 from common.recipes.curves import PANELS, read_metrics
+from common.recipes.history import epochs_over
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -41,6 +42,8 @@ class State:
     folder: Path
     config: dict[str, Any]
     finished: bool
+    done: int
+    """Epochs that are over."""
     held: bool | None
     """Whether a process holds the folder; None: this system cannot tell."""
     result: dict[str, Any] = field(default_factory=dict)
@@ -61,11 +64,6 @@ class State:
         flags = self.config.get("config")
         epochs = flags.get("epochs") if isinstance(flags, dict) else None
         return epochs if isinstance(epochs, int) and epochs > 0 else None
-
-    @property
-    def done(self) -> int:
-        """Epochs that are over."""
-        return int(self.metrics["epoch"][-1]) + 1 if self.metrics else 0
 
     @property
     def share(self) -> float:
@@ -91,7 +89,10 @@ class State:
     @property
     def seconds_per_epoch(self) -> float | None:
         """Median of the last eight epochs; None before the first."""
-        seconds = sorted(value for value in self.metrics.get("seconds", [])[-8:] if math.isfinite(value))
+        # a row within an epoch has the seconds since it began
+        rows = zip(self.metrics.get("epoch", []), self.metrics.get("seconds", []), strict=False)
+        whole = [value for epoch, value in rows if epoch < self.done and math.isfinite(value)]
+        seconds = sorted(whole[-8:])
         return seconds[len(seconds) // 2] if seconds else None
 
 
@@ -103,17 +104,16 @@ def read_state(folder: Path) -> State:
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'}: is not a run's; name another folder")
     result = _result(folder)
+    done = epochs_over(folder)
+    waited = max(0.0, time.time() - (folder / "history.jsonl").stat().st_mtime) if done else 0.0
     try:
         metrics = read_metrics(folder)
-        waited = max(0.0, time.time() - (folder / "metrics.csv").stat().st_mtime)
-    except (ValueError, OSError):  # no epoch is over yet
-        metrics, waited = {}, 0.0
+    except ValueError:  # no row yet
+        metrics = {}
     log = _log(folder)
     network = next((line.partition(": ")[2] for line in reversed(log) if line.startswith("network: ")), "")
-    architecture, cells_of = _cells(folder, config)
-    return State(
-        folder, config, bool(result), is_held(folder), result, metrics, log, network, architecture, cells_of, waited
-    )
+    cells = _cells(folder, config)
+    return State(folder, config, bool(result), done, is_held(folder), result, metrics, log, network, *cells, waited)
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -177,9 +177,9 @@ def view(state: State) -> RenderableType:
     elif state.cells_of:
         parts += [Text(), Text(state.cells_of, overflow="fold")]
     if state.log:
-        shown = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in state.log[-_LINES:]]
+        shown = [Text(line, style="dim", overflow="fold") for line in state.log[-_LINES:]]
         parts += [Text(), *shown]
-    return Panel(Group(*parts), title=name, title_align="left", padding=(0, 1))
+    return Panel(Group(*parts), title=Text(name), title_align="left", padding=(0, 1))
 
 
 def _progress(state: State) -> list[RenderableType]:
@@ -242,7 +242,7 @@ class _Genotype:
             for title in ("node", *titles):
                 table.add_column(title)
             for node, cells in enumerate(zip(*(columns[title] for title in titles), strict=True)):
-                table.add_row(str(node), *cells)
+                table.add_row(str(node), *map(Text, cells))
             yield table
 
     def _nodes(self, kind: str) -> list[str]:
@@ -292,11 +292,11 @@ def _ended(state: State) -> bool:
 
 
 def _print_epochs(state: State, console: Console) -> State:
-    shown: Sequence[float] | None = None
+    shown: int | None = None
     while True:
-        if state.metrics.get("epoch") != shown or _ended(state):
+        if state.done != shown or _ended(state):
             console.print(view(state))
-            shown = state.metrics.get("epoch")
+            shown = state.done
         if _ended(state):
             return state
         time.sleep(EVERY)

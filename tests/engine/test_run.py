@@ -26,8 +26,7 @@ import torch
 import torch.distributed as dist
 
 from common import engine
-from common.engine import distributed
-from common.engine import run as module
+from common.engine import distributed, folders
 from common.engine.run import Run
 
 CONFIG = {"lr": 0.1, "epochs": 3, "bits": (2, 4), "device": "cpu", "save": None}
@@ -501,7 +500,7 @@ def test_killed_runs_end_like_an_uninterrupted_one(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(folders, "_LOCK_PATIENCE", 0.0)
     save = tmp_path / "run"
 
     def hold() -> None:

@@ -163,7 +163,7 @@ def test_without_ffmpeg_an_mp4_is_refused(run: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="ffmpeg is not installed; install it, or take --format gif"):
         animation.draw_film(animation.read_film(run), tmp_path / "film", formats=["mp4"], fps=2)
-    with pytest.raises(ValueError, match="film format png"):
+    with pytest.raises(ValueError, match="--format png: is no film's"):
         animation.draw_film(animation.read_film(run), tmp_path / "film", formats=["png"], fps=2)
     assert not list(tmp_path.iterdir())
 

@@ -96,6 +96,12 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return heat_maps(written(tmp_path_factory.mktemp("run"), rows))
 
 
+HEADS = (
+    "gammas of weights by epoch: 4 bits (mean of an edge's operations)",
+    "gammas of activations, epoch 4: each bit-width",
+)
+
+
 def test_every_map_has_its_labels_within_its_canvas(maps: dict[str, bytes]) -> None:
     assert list(maps) == ["alphas", "gammas", "bits"]
     shown = texts(maps["alphas"])
@@ -104,7 +110,7 @@ def test_every_map_has_its_labels_within_its_canvas(maps: dict[str, bytes]) -> N
     assert shown.count("●") == 8  # two operations a node
     gammas = texts(maps["gammas"])
     assert all(gammas.count(f"cell {k}, {kind}") == 4 for k, kind in enumerate(CELLS))
-    assert {"input 0", "input 1", *EDGES, "4 bits", "gammas of weights: expected bits by epoch"} <= set(gammas)
+    assert {"c_{k-2}", "c_{k-1}", *EDGES, "4 bits", *HEADS} <= set(gammas)
     assert {"weights", "activations", "cell 0", "cell 2", "epoch 1", "4"} <= set(texts(maps["bits"]))
     for picture in maps.values():
         inside(picture)
@@ -122,11 +128,22 @@ def test_the_brightest_row_of_an_edge_is_its_likeliest_operation(maps: dict[str,
         assert brightness[edge + 1, -1] > 1.5 * brightness[edge + 1, 0]
 
 
-def test_expected_bits_and_each_width_have_their_colours(maps: dict[str, bytes]) -> None:
+def test_three_bit_widths_have_a_map_each(tmp_path: Path) -> None:
+    shares = [0.5, 0.0, 0.5]  # neither expected bits nor a mean can tell it from four bits of three
+    table = by_kind([[shares] * 5] * 2, [[shares] * 5])
+    row = history_row(0, gammas_by_place=table, bit_choices=[2, 3, 4])
+    picture = heat_maps(written(tmp_path, [row]))["gammas"]
+    shown = texts(picture)
+    assert all(f"gammas of weights by epoch: {bits} bits (mean of an edge's operations)" in shown for bits in (2, 3, 4))
+    fields = [field for field in images(picture) if field.shape[:2] == (5, 1)]
+    assert len(fields) == 2 * 3 * len(CELLS)
+
+
+def test_the_larger_and_each_width_have_their_colours(maps: dict[str, bytes]) -> None:
     fields = [field for field in images(maps["gammas"]) if field.shape[0] == 7]  # two inputs, five edges
-    expected, now = fields[:6], fields[6:]
-    assert len(now) == 6 and all(field.shape[1] == 4 for field in expected)
-    for field in expected:  # 2.2, 3.8 and 3 bits
+    larger, now = fields[:6], fields[6:]
+    assert len(now) == 6 and all(field.shape[1] == 4 for field in larger)
+    for field in larger:  # 0.1, 0.9 and 0.5
         low, high, middle = (field[row, 0].sum() for row in (0, 1, 2))
         assert low < middle < high
     for field in now:

@@ -218,11 +218,11 @@ def test_the_page_says_what_the_runs_are(read: Reader, runs: dict[str, Path]) ->
     for part in (*titles, "--wbits", "--note"):
         assert part in words, part
     assert "highest test accuracy 97.2%" in words and "(95%: 95.0 to 98.5)" in words  # Wilson's, of 350 of 360
-    assert f"{runs['going']}: not finished" in words and "not finished, in epoch" in words
+    assert f"{runs['going']}: not finished" in words and "epochs done" in words
     assert words.count("Cells") >= 4 and words.count("Curves") == 3 and words.count("Choices by epoch") == 2
     for operation in ("sep_conv_3x3", "skip_connect", "dil_conv_5x5"):
         assert operation in words
-    assert "gammas of weights: expected bits by epoch" in words and "bits chosen at each depth" in words
+    assert "gammas of weights by epoch: 4 bits" in words and "bits chosen at each depth" in words
     assert "<script>alert" not in words.replace("<script>alert(1)</script>", "")  # as text only
 
 

@@ -310,7 +310,7 @@ def test_uniform_bits_and_strided_skips() -> None:
 
 def test_unknown_format_and_painter_are_refused(tmp_path: Path) -> None:
     architecture = Architecture(TWO_NODES)
-    with pytest.raises(ValueError, match="gif: choose from svg, png, pdf"):
+    with pytest.raises(ValueError, match="--format gif: is no picture's; choose from svg, png, pdf"):
         pictures.draw_cells(architecture, tmp_path / "cells", formats=["svg", "gif"])
     with pytest.raises(ValueError, match="painter qt"):
         pictures.draw_cells(architecture, tmp_path / "cells", painter="qt")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,28 @@ def test_before_the_first_epoch_and_after_the_last(tmp_path: Path) -> None:
     write_run(tmp_path / "old", search_result(), architecture=architecture_json())
     text = shown(tmp_path / "old")
     assert "100%" in text and "finished after 2 min" in text and "left" not in text
-    write_run(tmp_path / "odd", search_result(seconds=float("inf")))
+    write_run(tmp_path / "odd", search_result(seconds=1e300))
     assert "finished" in shown(tmp_path / "odd")
+
+
+def test_rows_within_an_epoch_end_none(tmp_path: Path) -> None:
+    folder = going(tmp_path / "run", 2, log=("epoch 3/10 step 5/10  loss 1.0",))
+    within = ROWS[0].split(",")
+    columns = HEAD.strip().split(",")
+    values = dict(zip(columns, within, strict=True)) | {"step": "999", "epoch": "2", "seconds": "0.001"}
+    with (folder / "metrics.csv").open("a") as file:
+        file.write(",".join(values[column] for column in columns) + "\n")
+    text = shown(folder)
+    assert "2 of 10 epochs, 25%" in text  # and half of the third
+    before = next(line for line in shown(going(tmp_path / "before", 2)).splitlines() if "an epoch" in line)
+    assert before.split("20%, ")[1].split(" an epoch")[0] in text  # the third's first milliseconds are no epoch's time
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    folder = going(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text()) | {"dataset": "[/red] my[bold]set"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "[/red] my[bold]set" in shown(folder)
 
 
 def test_a_training_shows_its_network_and_cells(tmp_path: Path) -> None:
@@ -159,6 +180,8 @@ def test_it_ends_with_the_run(
         if looks == 1:
             with open(folder / "metrics.csv", "a") as file:
                 file.write(ROWS[1] + "\n")
+            with open(folder / "history.jsonl", "a") as file:
+                file.write(json.dumps({"epoch": 1, "genotype": architecture_json()["genotype"], "bits": None}) + "\n")
         else:
             (folder / "result.json").write_text(json.dumps(train_result()))
 
@@ -196,7 +219,9 @@ def test_a_held_run_is_followed_until_ctrl_c(tmp_path: Path, root: Path) -> None
         command: list[Any] = [sys.executable, root / "report.py", folder, "--watch"]
         environment = {**os.environ, "PYTHONPATH": str(root)}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        watcher = subprocess.Popen(command, env=environment, **pipes)
+        # a job in the background ignores SIGINT, and so would what it starts
+        heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        watcher = subprocess.Popen(command, env=environment, preexec_fn=heeds, **pipes)
         assert watcher.stdout is not None and "search by qdarts" in watcher.stdout.readline()  # it looks
         time.sleep(0.2)
         watcher.send_signal(signal.SIGINT)

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from common.engine.run import SCHEMA
+from common.engine.folders import SCHEMA
 from common.recipes.flags import resolve_search, resolve_training, search_parser, training_parser
 from common.recipes.search import run_search
 from common.recipes.train import run_training
