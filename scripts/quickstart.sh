@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # The main job on real images, from nothing: installs what is needed, searches an architecture together with its
-# bit-widths on scikit-learn's handwritten digits, trains it, trains PC-DARTS at 32, 2 and 4 bits beside it, and prints
-# one table. Minutes on 2 CPU cores; no download but the packages.
+# bit-widths on scikit-learn's handwritten digits, trains it, trains PC-DARTS at 32, 2 and 4 bits beside it, prints one
+# table, and exports what was found. Minutes on 2 CPU cores; no download but the packages.
 #
 #   bash scripts/quickstart.sh [--seed N] [--out DIR] [--size quickstart|smoke]
 #
@@ -37,7 +37,7 @@ done
 [[ $seed =~ ^[0-9]+$ ]] || fail "--seed: '$seed' is no whole number from 0 up"
 [ "$size" = quickstart ] || [ "$size" = smoke ] || fail "--size: '$size' is neither quickstart nor smoke"
 
-bash "$ROOT/scripts/setup.sh"
+bash "$ROOT/scripts/setup.sh" export
 
 # From here on `python` is the project's own, and paths are relative to its root.
 cd "$ROOT"
@@ -58,7 +58,8 @@ Quickstart, seed $seed: one search and four trainings on handwritten digits (143
 $length. Every step shows its own remaining time; stop it at any time,
 the same command goes on. Everything is kept in $out
   1 search cells and bit-widths together, within 10% of the BitOps of the 2-bit PC-DARTS network
-  2 train what was found          3-5 train PC-DARTS at 32, 2 and 4 bits, same size          then table and drawing
+  2 train what was found          3-5 train PC-DARTS at 32, 2 and 4 bits, same size
+  then table and drawing, and what was found as a file of packed integers and in ONNX: proved, and timed
 TEXT
 SECONDS=0
 channels=$(preset init_channels)
@@ -74,4 +75,11 @@ python visualize.py "$out/search"
 runs=("$out/found" "$out/pcdarts-fp32" "$out/pcdarts-2bit" "$out/pcdarts-4bit")
 printf '$ python report.py %s\n\n' "${runs[*]}"
 python report.py "${runs[@]}" | tee "$out/table.md"
-printf '\nDone in %d:%02d. This table: %s/table.md; the drawing of the cells and all runs: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$out" "$out"
+
+printf '\nTo a device   (%d:%02d since the start)\n' $((SECONDS / 60)) $((SECONDS % 60))
+formats=(packed onnx onnx-fp32)
+printf '$ python export.py %s --format %s\n' "$out/found" "${formats[*]}"
+python export.py "$out/found" --format "${formats[@]}"
+printf '$ python evaluate.py %s --seconds 2\n\n' "$out/found/export"
+python evaluate.py "$out/found/export" --seconds 2 | tee "$out/backends.md"
+printf '\nDone in %d:%02d. The tables: %s/table.md, backends.md; the drawing of the cells and all runs: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$out" "$out"

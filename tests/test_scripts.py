@@ -296,12 +296,12 @@ esac
 
 
 def test_quickstart_runs_the_recipe(tree: Tree) -> None:
-    tree.make_venv(otherwise=QUICKSTART_STAND_IN)
+    tree.make_venv("export", otherwise=QUICKSTART_STAND_IN)
     for script in ("qdarts/search.py", "qdarts/train.py"):
         write_program(tree.folder / script, "")
     done = tree.run("quickstart.sh", "--seed", "3")
     assert done.returncode == 0, done.stderr
-    cost, search, *trainings, picture, table = (tree.folder / "commands").read_text().splitlines()
+    cost, search, *trainings, picture, table, export, backends = (tree.folder / "commands").read_text().splitlines()
     assert "PC_DARTS" in cost and "--init-channels 8 --layers 5 --wbits 2 --abits 2" in cost
     assert "--target-bitops 123456" in search
     assert [line.split("--arch ")[1].split(" --save")[0] for line in trainings] == [
@@ -313,16 +313,19 @@ def test_quickstart_runs_the_recipe(tree: Tree) -> None:
     for line in (search, *trainings):
         assert "--preset quickstart --seed 3" in line and line.endswith("--resume auto")
         assert f"$ python {line}" in done.stdout
+    assert export == "export.py runs/quickstart/s3/found --format packed onnx onnx-fp32"
+    assert backends == "evaluate.py runs/quickstart/s3/found/export --seconds 2"
     assert picture == "visualize.py runs/quickstart/s3/search"
     assert all(line.split("--save ")[1].split()[0] in table.split() for line in trainings)
     assert (tree.folder / "runs/quickstart/s3/table.md").read_text() == "| a table |\n"
     assert [f"[{number}/5]" in done.stdout for number in range(1, 6)] == [True] * 5
     assert "Table and drawing" in done.stdout and "to go, about" in done.stdout
-    assert done.stdout.count("epoch 1, 3 s left") == 6, "what the steps and the drawing print is shown"
+    assert done.stdout.count("epoch 1, 3 s left") == 8, "what the steps, the drawing and the export print is shown"
 
 
 def test_quickstart_stops_at_the_first_failure(tree: Tree) -> None:
     tree.make_venv(
+        "export",
         otherwise=QUICKSTART_STAND_IN.replace(
             "report.py*)", 'qdarts/search.py*) echo "$*" >>commands; exit 3 ;;\n    report.py*)'
         )
