@@ -90,12 +90,12 @@ class Inputs:
     sums_scale: float | None
 
     def codes(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """The codes of what the layer computes with, as whole numbers in float64; x is its input behind a ReLU."""
-        if self.grid is None:
-            return (x.double() / self.sums_scale).round()
-        value = layer.quantize_activation(x).double()
-        value = value if self.grid.offset is None else value - self.grid.offset.double()
-        return (value / self.grid.scale.double()).round()
+        """The codes of what the layer computes with, whole numbers as floats; x is its input behind a ReLU."""
+        if self.grid is None:  # sums may be beyond what float32 counts
+            return (x.double() / self.sums_scale).round_()
+        value = layer.quantize_activation(x)
+        value = value if self.grid.offset is None else value - self.grid.offset
+        return (value / self.grid.scale).round_()
 
 
 def inputs_of(network: nn.Module) -> dict[str, Inputs]:
@@ -148,10 +148,15 @@ class Flips:
     correct_packed: int = 0
     by_layer: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def flipped_share(self) -> float:
+        """Flipped codes among all."""
+        return self.flipped / max(1, self.codes)
+
     def to_json(self) -> Figures:
         """The figures; shares in place of what was counted for them."""
         images = max(1, self.images)
-        figures = asdict(self) | {"flipped_share": self.flipped / max(1, self.codes)}
+        figures = asdict(self) | {"flipped_share": self.flipped_share}
         del figures["by_layer"], figures["agree"], figures["correct"], figures["correct_packed"]
         return figures | {
             "top1_agreement": self.agree / images,
