@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("qdarts", "darts", "ptq", "fbqat", "qsubnet", "enas")
 TOOLS = ("evaluate", "visualize", "report", "sweep", "export", "doctor")
-WINGS = ("data", "quant", "nets", "cost", "engine", "recipes")
+WINGS = ("data", "quant", "nets", "cost", "export", "engine", "recipes")
 # Room -> the rooms that it may import, besides itself. Methods and tools stand on all of common.
 GROUND: frozenset[str] = frozenset()
 ALL_OF_COMMON = frozenset({"genotypes", "common", *(f"common.{wing}" for wing in WINGS)})
@@ -34,6 +34,7 @@ ARROWS = {
     "common.engine": frozenset({"common"}),
     "common.nets": frozenset({"common", "common.quant", "genotypes"}),
     "common.cost": frozenset({"common.nets", "common.quant", "genotypes"}),
+    "common.export": frozenset({"common", "common.nets", "common.quant", "common.cost", "common.engine", "genotypes"}),
     "common.recipes": ALL_OF_COMMON,
     **dict.fromkeys(METHODS, ALL_OF_COMMON),
     "tools": ALL_OF_COMMON,
