@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evaluate.py's table of backends: what it measures is the trained network, and what it cannot measure is said.
+
+No figure of a clock is asserted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.engine import read_json
+from common.recipes import backends
+from common.recipes.backends import FAKE, FP32, Plan, Task, as_text, compare, measure_in_process, perform
+from common.recipes.exporting import export_run, source_of
+from evaluate import main as evaluate
+from qdarts.train import main as train
+
+SMOKE = ["--preset", "smoke", "--device", "cpu", "--no-tensorboard", "--no-plots", "--arch", "PC_DARTS"]
+DIGITS = {
+    **dict.fromkeys(("data", "trainfile", "valfile", "data_module", "classes")),
+    **{"dataset": "digits", "image_size": None, "workers": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "train"
+    assert train([*SMOKE, "--wbits", "2", "--abits", "4", "--save", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed file, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("exported")
+    export_run(run, ["packed"], folder, say=lambda text: None, images=20)
+    return folder
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks of a command without a process for each: that one starts and reports is another test's."""
+    monkeypatch.setattr(backends, "measure_in_process", lambda task: json.loads(json.dumps(perform(task))))
+
+
+def task(backend: str, path: Path, **more: Any) -> Task:
+    return Task(backend, str(path), DIGITS, threads=1, seconds=0.01, **more)
+
+
+def test_the_trained_network_in_a_process_of_its_own(run: Path) -> None:
+    """Accuracy on all test images is that of the training's own last line."""
+    found = measure_in_process(task(FAKE, run))
+    result = read_json(run / "result.json")
+    assert (found["top1"], found["n"]) == (pytest.approx(result["metrics"]["test_top1"]), 360)
+    assert found["bytes"] == result["cost"]["weight_bytes_fp32"]
+    assert "emulating 2/4 bits" in found["arithmetic"] and found["threads"] == 1
+    assert found["peak_mb"] > 0
+    for batch in (1, 64):
+        assert 0 < found[f"batch_{batch}"]["median_ms"] <= found[f"batch_{batch}"]["p95_ms"]
+        assert found[f"batch_{batch}"]["n"] >= 10
+
+
+def test_the_packed_file_classifies_as_the_network(run: Path, exported: Path) -> None:
+    """Against the network itself, image by image, through the process's own loading."""
+    found = perform(task("packed", exported / "packed.safetensors", images=64))
+    source, _ = source_of(run, say=lambda text: None)
+    x, y = next(iter(source.test()))
+    with torch.inference_mode():
+        right = (source.network(x)[0].argmax(1) == y)[:64]
+    assert found["n"] == 64 and found["top1"] == pytest.approx(right.float().mean().item(), abs=1 / 64)
+    assert found["bytes"] == (exported / "packed.safetensors").stat().st_size
+
+
+def test_full_precision_is_the_network_without_quantisers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    load = backends._load
+    monkeypatch.setattr(backends, "_load", lambda task: seen.setdefault(task.backend, load(task)))
+    rows = {name: perform(task(name, run, images=1)) for name in (FP32, FAKE)}
+    x = torch.randn(3, 1, 16, 16)
+    logits = {name: seen[name][0](x) for name in rows}
+    assert not torch.allclose(logits[FP32], logits[FAKE]), "quantised is not full precision"
+    network = source_of(run, say=lambda text: None)[0].network
+    with torch.inference_mode():
+        assert torch.equal(logits[FAKE], network(x)[0])
+        for module in network.modules():
+            if hasattr(module, "quantize_weight"):
+                module.quantize_weight = module.quantize_activation = torch.nn.Identity()
+        torch.testing.assert_close(logits[FP32], network(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def row(backend: str, one: float, many: float, size: int) -> dict[str, Any]:
+    timing = {"p95_ms": 9.0, "n": 10}
+    figures = {"backend": backend, "arithmetic": f"of {backend}", "bytes": size, "threads": 2, "peak_mb": 5.0}
+    return figures | {
+        **{"batch_1": {"median_ms": one, **timing}, "batch_64": {"median_ms": many, **timing}},
+        **{"top1": 0.5, "n": 100},
+    }
+
+
+def test_ratios_are_against_full_precision_in_the_same_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        FP32: row(FP32, 8.0, 4.0, 1000),
+        "packed": row("packed", 16.0, 2.0, 125),
+        "onnx-fp32": row("onnx-fp32", 2.0, 1.0, 1100),
+        "onnx": row("onnx", 4.0, 1.0, 250),
+    }
+
+    def measured(task: Task) -> dict[str, Any]:
+        if task.backend not in made:
+            raise ValueError("it cannot")
+        return made[task.backend]
+
+    monkeypatch.setattr(backends, "measure_in_process", measured)
+    tasks = [Task(name, "x", {}) for name in (*made, "torch")]
+    found = compare(Plan(tasks, {"onnx-int8": "depthwise"}))
+    rows = {each["backend"]: each for each in found["rows"]}
+    assert found["left_out"] == {"onnx-int8": "depthwise", "torch": "it cannot"}
+    assert (rows["packed"]["batch_1"]["speedup"], rows["packed"]["batch_64"]["speedup"]) == (0.5, 2.0)
+    assert (rows["onnx"]["batch_1"]["speedup"], rows["onnx"]["reference"]) == (0.5, "onnx-fp32")
+    assert "speedup" not in rows[FP32]["batch_1"] and rows["packed"]["smaller"] == 8.0
+    assert rows["packed"]["batch_64"]["images_per_second"] == 500.0
+    shown = as_text(found)
+    assert "| packed | 50.00% | 500.0 | 16.00 (9.00) | 2.00 (9.00) | 0.50 / 2.00 |" in shown
+    assert "2 threads" in shown and "torch: left out: it cannot" in shown and "onnx: of onnx" in shown
+    monkeypatch.setattr(backends, "measure_in_process", lambda task: measured(Task("none", "x", {})))
+    with pytest.raises(ValueError, match="no backend could be measured; fp32: it cannot"):
+        compare(Plan(tasks[:1]))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_run_is_exported_for_the_occasion(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(run.rglob("*"))
+    flags = ["--backends", "packed", "--images", "8", "--seconds", "0.01", "--threads", "1", "--json"]
+    assert evaluate([str(run), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(each["backend"], each["n"]) for each in found["rows"]] == [("packed", 8)]
+    assert sorted(run.rglob("*")) == before, "nothing is left in the run"
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_file_away_from_its_run_needs_its_images_named(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "packed.safetensors"
+    shutil.copy(exported / "packed.safetensors", alone)
+    quick = ["--images", "8", "--seconds", "0.01", "--threads", "1"]
+    assert evaluate([str(alone), *quick]) == 2
+    assert "name its images by --dataset" in capsys.readouterr().err
+    assert evaluate([str(alone), "--dataset", "digits", *quick]) == 0
+    assert "| packed |" in capsys.readouterr().out
+    data = bytearray(alone.read_bytes())
+    data[-5] ^= 1
+    alone.write_bytes(data)
+    assert evaluate([str(alone), "--dataset", "digits", *quick]) == 2
+    assert str(alone) in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_folder_of_an_export_with_its_run(run: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The record names the run, so that full precision stands beside the files."""
+    flags = ["--backends", "fp32", "packed", "--images", "4", "--seconds", "0.01", "--threads", "1", "--json"]
+    assert evaluate([str(exported), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["backend"] for each in found["rows"]] == [FP32, "packed"] and found["run"] == str(run)
+    assert found["rows"][1]["smaller"] == found["rows"][0]["bytes"] / found["rows"][1]["bytes"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--images", "3"], "--images: only has a meaning with --backends"),
+        (["--backends", "--split", "val"], "--split val: backends are compared on test images"),
+        (["--backends", "--clock", "cpu"], "--clock cpu: adds up all threads"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(
+    run: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate([str(run), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_folder_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate([str(tmp_path), "--dataset", "digits"]) == 2
+    assert "holds nothing to measure" in capsys.readouterr().err
+    assert evaluate([str(tmp_path / "no"), "--backends", "--dataset", "digits"]) == 2
+    assert "is not there" in capsys.readouterr().err
