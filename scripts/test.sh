@@ -23,7 +23,7 @@ for argument in "$@"; do
     esac
 done
 
-bash "$ROOT/scripts/setup.sh" dev
+bash "$ROOT/scripts/setup.sh" dev export
 
 # One thread a process: the tests are small, and exact comparisons want one order of summation.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1

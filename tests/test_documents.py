@@ -114,6 +114,8 @@ def made_small(arguments: list[str], words: list[str], runs: dict[str, Path]) ->
     arguments = without_ffcv(arguments, runs)
     if "--target-bitops" in arguments:
         arguments[arguments.index("--target-bitops") + 1] = TARGET
+    if "--target" in arguments:  # the table of documents gives one in bytes
+        arguments[arguments.index("--target") + 1] = "9000"
     arguments += [*(SMALL_IMAGENET if is_imagenet(words) else SMALL), "--no-tensorboard"]
     if re.search(r"(qdarts|darts|ptq|fbqat)/search", " ".join(words)):
         arguments += ["--warmup-epochs", "0"]
@@ -124,7 +126,7 @@ def filled(words: list[str], runs: dict[str, Path]) -> list[str]:
     """The words behind `python`, with RUN, DIR and the like put in."""
     program, text = words[1], " ".join(words)
     folder = runs["place"] / "photographs" if is_imagenet(words) else runs["place"]
-    needs_training = "--init-from" in words or re.search(r"quantize|evaluate|report", program)
+    needs_training = "--init-from" in words or re.search(r"quantize|evaluate|report|export", program)
     result = []
     for word in words[1:]:
         if word == "DIR":
@@ -236,7 +238,7 @@ def test_documented_commands_run(root: Path, runs: dict[str, Path], monkeypatch:
         place = runs["place"] / file.relative_to(root).with_suffix("")
         place.mkdir(parents=True, exist_ok=True)
         for words in commands(block):
-            tools = r"(evaluate|report|visualize|doctor)\.py|-[mc]"
+            tools = r"(evaluate|export|report|visualize|doctor)\.py|-[mc]"
             kind = re.fullmatch(rf"\w+/(search|train|quantize)\.py|{tools}", words[1])
             own = words[1] in shown or words[1] == "-c"  # a user's file imports the project
             monkeypatch.setenv("PYTHONPATH", with_own if own else str(root))
@@ -246,13 +248,15 @@ def test_documented_commands_run(root: Path, runs: dict[str, Path], monkeypatch:
             if (kind is None or kind.group(1) in ("search", "train")) and "--plan" not in words:
                 arguments = made_small(arguments, words, runs)
             arguments = without_ffcv(arguments, runs)
+            if arguments[:3] == ["-m", "common.cost", "latency"]:  # a table of the networks that made_small searches
+                arguments += ["--dataset", "digits", "--init-channels", "4", "--layers", "3", "--samples", "2"]
             if (key := shlex.join(arguments)) in done:
                 continue
             done.add(key)
             if arguments[0] not in ("-m", "-c"):
                 arguments[0] = str(root / arguments[0])
-            # `repeat` names a run that an earlier command left here; the other modules read the project's files
-            here = arguments[0] != "-m" or arguments[1] == "common.engine"
+            # `repeat` and `latency` name what an earlier command left here; the other modules read the project's files
+            here = arguments[0] != "-m" or arguments[1] == "common.engine" or "latency" in arguments
             python(root, *arguments, cwd=place if here else root)
     assert len(done) > 40
 
