@@ -270,7 +270,7 @@ def test_unknown_extra_is_refused(tree: Tree) -> None:
     ],
 )
 def test_test_script_hands_over_to_pytest(tree: Tree, arguments: list[str], expected: str) -> None:
-    tree.make_venv("dev", otherwise='echo "$*"; echo "3 passed, threads $OMP_NUM_THREADS"; exit 5')
+    tree.make_venv("dev", "export", otherwise='echo "$*"; echo "3 passed, threads $OMP_NUM_THREADS"; exit 5')
     done = tree.run("test.sh", *arguments)
     assert done.returncode == 5, "the exit code is pytest's"
     processes = f"-m pytest -n {min(4, len(os.sched_getaffinity(0)))} --dist loadfile"
