@@ -159,6 +159,8 @@ def _integer_layer(
     input_grid, reads_sums = activation_grid(layer, name), 0
     if layer in sources:
         source = made[sources[layer]]
+        if not source.exact:
+            raise ValueError(f"{name}: reads the sums of a layer whose weight and input are not both quantised")
         reads_sums, scale = source.largest_sum, scale * scales[sources[layer]]
     elif input_grid is not None:
         scale = scale * input_grid.scale.double()

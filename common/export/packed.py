@@ -21,6 +21,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ from common.export.integer_network import (
     network_dtype,
     readers_of_sums,
 )
-from common.nets import Architecture, EvaluationNetwork, network_of
-from common.quant import QuantConv2d, QuantLinear, fold_normalization
+from common.nets import Architecture, BitPolicy, EvaluationNetwork, network_of
+from common.quant import FLOAT_BITS, QuantConv2d, QuantLinear, fold_normalization
 from common.quant.integer import ROUNDINGS, Grid, IntegerLayer, codes_of, indices_of
 from common.quant.packing import pack, packed_bytes, unpack
 from common.strict_json import parse_json
@@ -57,6 +58,7 @@ _QUANTIZATION = (
     *("stem_bits", "classifier_bits"),
 )
 """What a builder takes that the file's own tables say of every layer."""
+_BY_LAYER = "by layer"
 _FILE_LIMIT = 2**34
 _LARGEST_IMAGE = 4096  # pixels of a side
 _HEADER_LIMIT = 2**24
@@ -75,14 +77,19 @@ class Description:
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         architecture = replace(self.architecture, search={}).to_json()  # where it was found is the run's to tell
+        if self.architecture.bits is not None and self.architecture.bits.layers:
+            architecture["bits"] = _BY_LAYER  # the table has them, without a name for each
         return {"architecture": architecture, "build": self.build, "folded": self.folded, "data": self.data}
 
     @staticmethod
     def from_json(data: Any, where: str) -> Description:
-        """Read what `to_json` wrote. Raises ValueError that begins with `where`."""
+        """Read what `to_json` wrote, bits by layer left out. Raises ValueError that begins with `where`."""
         if not isinstance(data, dict) or set(data) != {"architecture", "build", "folded", "data"}:
             raise ValueError(f"{where}: describes no network (architecture, build, folded and data)")
-        architecture = Architecture.from_json(data["architecture"], where)
+        found = data["architecture"]
+        if isinstance(found, dict) and found.get("bits") == _BY_LAYER:
+            found = {**found, "bits": None}
+        architecture = Architecture.from_json(found, where)
         if not isinstance(data["build"], dict) or not isinstance(data["data"], dict):
             raise ValueError(f"{where}: build and data must be objects")
         return Description(architecture, data["build"], data["folded"] is True, data["data"])
@@ -101,13 +108,20 @@ class Packed:
 
 def packed_bytes_of(network: nn.Module, description: Description) -> bytes:
     """The whole file of a network that `integer_network` made. Its constants keep the network's type."""
-    from safetensors.torch import save
-
+    save = _safetensors().save
     tensors = _tensors(network)
     text = json.dumps(plain(description.to_json()), separators=(",", ":"), allow_nan=False)
     digests = {name: _digest(tensor) for name, tensor in tensors.items()} | {"network": _sha256(text.encode())}
     header = {"format": FORMAT, "schema": SCHEMA, "network": json.loads(text), "sha256": digests}
     return save(tensors, {"packed": json.dumps(header, separators=(",", ":"), allow_nan=False)})
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError(f"packed files need safetensors ({error}); bash scripts/setup.sh export") from error
+    return safetensors.torch
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -192,10 +206,21 @@ def from_bytes(data: bytes, where: str) -> Packed:
     try:
         network = _skeleton(description, tensors, where)
         _fill(network, tensors)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        if header["network"]["architecture"]["bits"] == _BY_LAYER:
+            policy = _bits_by_layer(network, tensors["layers"])
+            description = replace(description, architecture=replace(description.architecture, bits=policy))
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         message = str(error)
         raise ValueError(message if message.startswith(where) else f"{where}: {message}") from error
     return Packed(network.eval().requires_grad_(False), description)
+
+
+def _bits_by_layer(network: nn.Module, rows: Tensor) -> BitPolicy:
+    """Bits of every convolution of the cells, as the table has them."""
+    weight, read = COLUMNS.index("weight_bits"), COLUMNS.index("input_bits")
+    pairs = [(row[weight] or FLOAT_BITS, row[read] or FLOAT_BITS) for row in rows.tolist()]
+    names = zip(all_layers(network), pairs, strict=True)
+    return BitPolicy(layers={name: pair for name, pair in names if name.startswith("cells.")})
 
 
 def _header(data: bytes, where: str) -> dict[str, Any]:
@@ -219,11 +244,11 @@ def _header(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _checked_tensors(data: bytes, header: dict[str, Any], where: str) -> dict[str, Tensor]:
+    library = _safetensors()
     from safetensors import SafetensorError
-    from safetensors.torch import load
 
     try:
-        tensors = load(data)
+        tensors = library.load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where}: damaged or cut off ({error}); export it again") from error
     text = json.dumps(header["network"], separators=(",", ":"), allow_nan=False)

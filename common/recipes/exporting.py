@@ -16,7 +16,7 @@ from torch import Tensor
 from common.data import ImageData, evaluation_batches
 from common.engine import read_json, write_json
 from common.engine.environment import describe
-from common.engine.files import TEMPORARY, check_schema
+from common.engine.files import TEMPORARY, check_schema, fsync_folder
 from common.export.formats import FORMATS, Format, Source
 from common.recipes.setup import data_flags, load_data
 from common.recipes.trained import EVALUATION_BATCH, load_trained
@@ -145,6 +145,7 @@ def _export_one(form: Format, source: Source, folder: Path, say: Say) -> dict[st
         figures = form.check(source, aside)
         digest = hashlib.sha256(aside.read_bytes()).hexdigest()
         os.replace(aside, path)
+        fsync_folder(folder)
     except ValueError as error:
         raise ValueError(str(error).replace(str(aside), str(path))) from error
     finally:

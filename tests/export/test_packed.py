@@ -24,11 +24,13 @@ from common.export.formats import Source
 from common.export.integer_network import integer_network
 from common.export.packed import from_bytes, packed_bytes_of, read_packed
 from common.export.proof import compare, describe, exact_figures, layer_figures
-from common.nets import Architecture
+from common.nets import OPERATIONS, Architecture, BitPolicy
 from common.nets.enas_layers import LAYER_TYPES
 from common.nets.enas_space import SPACE, random_cells
+from common.nets.operations import ConvFactory, NormFactory
 from common.nets.sampling import random_bits, random_genotype
-from common.quant.integer import IntegerLayer
+from common.quant import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from common.quant.integer import Grid, IntegerLayer
 from genotypes import lookup
 from tests.helpers.exports import digits, photographs, source_of
 from tests.helpers.mangled import many
@@ -134,6 +136,69 @@ def test_random_networks_on_pieces_of_photographs() -> None:
         assert exact_figures(source, "file")["flipped"] == 0
 
 
+def test_bits_by_layer_come_back_from_the_table() -> None:
+    architecture = Architecture(lookup("PC_DARTS")[1])
+    plain = source_of(architecture, digits(16, 4)[0], **SIZES)
+    names = [row.name for row in network_cost(plain.network, 16).layers if row.name.startswith("cells.")]
+    choices = [(2, 4), (32, 4), (8, 32), (32, 32), (1, 8)]
+    layers = {name: choices[number % 5] for number, name in enumerate(names)}
+    source = source_of(Architecture(architecture.genotype, BitPolicy(layers=layers)), digits(16, 4)[0], **SIZES)
+    check_round_trip(source)
+    data = file_of(source)
+    assert from_bytes(data, "file").description.architecture == source.architecture
+    assert len(data) - len(tensors_of(data)["codes"]) < 100 * len(names) + 4 * sum(
+        tensors_of(data)[name].numel() for name in ("floats", "scales")
+    )
+
+
+class Gate(nn.Module):
+    """An operation of one's own: state of three types, a normalisation that nobody names, a quantised convolution."""
+
+    def __init__(self, conv: ConvFactory, norm: NormFactory, channels: int, stride: int) -> None:
+        super().__init__()
+        self.first, self.norm = conv(channels, channels, 3, stride=stride, padding=1), norm(channels)
+        self.gate = nn.Parameter(torch.linspace(0.5, 1.5, channels).view(-1, 1, 1))
+        self.register_buffer("order", torch.arange(channels - 1, -1, -1))
+        self.second = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x) * self.gate)[:, self.order])
+
+
+class Ladder(nn.Module):
+    """A quantiser of one's own: whole multiples of a sixteenth."""
+
+    def __init__(self, bits: int, *, scheme: str = "default", signed: bool = False) -> None:
+        super().__init__()
+        self.top = 2 ** (bits - 1) - 1
+        self.bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 16).round().clamp(-self.top, self.top) / 16
+
+    def integer_grid(self, weight: Tensor | None) -> Grid:
+        return Grid(self.bits, 2 * self.top + 1, 1, -self.top, torch.tensor(1 / 16))
+
+
+def test_operations_and_quantisers_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    OPERATIONS["gate"] = Gate  # conftest takes it away again
+    genotype = lookup("PC_DARTS")[1]
+    genotype = genotype._replace(normal=(("gate", 0), *genotype.normal[1:]))
+    architecture = Architecture(genotype).with_uniform_bits(4, 4)
+    with monkeypatch.context() as patch:
+        patch.setitem(WEIGHT_QUANTIZERS, "ladder", Ladder)
+        patch.setitem(ACTIVATION_QUANTIZERS, "ladder", Ladder)
+        own = {"weight_quantizer": "ladder", "activation_quantizer": "ladder"}
+        source = source_of(architecture, digits(16, 6)[0], **SIZES, **own)
+        check_round_trip(source)
+        data = file_of(source, torch.float64)
+    # the file alone knows the grids: the quantisers are not registered any more
+    found = from_bytes(data, "file").network
+    assert found.cells[0].operations[0].order.tolist() == [3, 2, 1, 0]
+    x = next(iter(source.test()))[0].double()
+    torch.testing.assert_close(found(x)[0], source.network.double()(x)[0], rtol=1e-9, atol=1e-9)
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -232,6 +297,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     "more channels": (lambda h, t: h["network"]["build"].update(init_channels=8), "begin elsewhere"),
     "a network without end": (lambda h, t: h["network"]["build"].update(layers=10**9), "its tensors deny"),
     "unknown arguments": (lambda h, t: h["network"]["build"].update(colour=3), "colour"),
+    "bits of no kind": (lambda h, t: h["network"]["architecture"].update(bits="by hand"), "bits"),
     "a later schema": (lambda h, t: h.update(schema=2), "schema 2"),
     "another format": (lambda h, t: h.update(format="other"), "'other'"),
     "no architecture": (lambda h, t: h["network"].pop("architecture"), "describes no network"),
@@ -244,6 +310,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     "a tensor less": (lambda h, t: t.pop("scales"), "lacks scales"),
     "a tensor more": (lambda h, t: t.update({"other.x": torch.zeros(1)}), "more than its network takes"),
     "wrong offsets": (lambda h, t: t["offsets"].add_(1), "begin elsewhere"),
+    "a narrow table": (lambda h, t: t.update(layers=t["layers"][:, :3].contiguous()), "layers are in the file"),
+    "no table": (lambda h, t: t.update(layers=t["layers"][0, 0].clone()), ""),
     "nine bits": (set_row(1, "weight_bits", 9), "no grid has"),
     "too many levels": (set_row(1, "weight_levels", 999), "no grid has"),
     "sums of no layer": (set_row(1, "input_kind", 5), "its input is of another kind"),
