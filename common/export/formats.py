@@ -93,6 +93,22 @@ FORMATS: dict[str, Format] = {
         "check_onnx_fp32",
         "the same network without quantisers, to compare with",
     ),
+    "onnx-int8": Format(
+        "onnx-int8",
+        "network-int8.onnx",
+        "common.export.onnx_int8",
+        "write_int8",
+        "check_int8",
+        "QDQ for 8-bit integer kernels, outputs calibrated on training images; an approximation, measured",
+    ),
+    "qonnx": Format(
+        "qonnx",
+        "network-qonnx.onnx",
+        "common.export.qonnx",
+        "write_qonnx",
+        "check_qonnx",
+        "Quant nodes at their own widths, executed and counted by qonnx",
+    ),
     "torch": Format(
         "torch",
         "network.pt2",

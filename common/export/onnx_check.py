@@ -117,10 +117,12 @@ def check_layers(
     execute: Execute,
     batches: Iterable[Tensor],
     tolerance: float = TOLERANCE,
+    between_tolerance: float | None = TOLERANCE,
 ) -> Agreement:
     """Compare a cut graph, run by `execute`, with the network on batches of images [B, C, H, W].
 
-    `places` says what is where in the graph. Raises ValueError naming the layer that is further off than `tolerance`.
+    `places` says what is where in the graph; without `between_tolerance` what stands between the layers is only
+    reported. Raises ValueError naming the layer that is further off than `tolerance`.
     """
     grids = {name: activation_grid(layer, name) for name, layer in quantizable_layers(network).items()}
     layer_errors, between_errors = _Errors(), _Errors()
@@ -134,7 +136,7 @@ def check_layers(
             feeds[f"{name}.forced"] = _forced(seen[name].quantized, grids[name], place.codes is not None)
         found = execute(feeds)
         for name, place in places.items():
-            layer_errors.add(name, seen[name].output, found[place.output])
+            layer_errors.add(name, _through(seen[name].output, place.affine), found[place.output])
             if place.before in found:
                 between_errors.add(name, seen[name].before, found[place.before])
             grid, computed = grids[name], found.get(place.codes or place.quantized)
@@ -145,12 +147,20 @@ def check_layers(
         images += len(x)
     layer_error, layer = layer_errors.largest()
     between_error, between = between_errors.largest()
-    for error, where in ((layer_error, layer), (between_error, f"what stands before {between}")):
-        if not error <= tolerance:
+    stages = ((layer_error, layer, tolerance), (between_error, f"what stands before {between}", between_tolerance))
+    for error, where, bound in stages:
+        if bound is not None and not error <= bound:
             raise ValueError(
-                f"{where} is {error:.2g} of its largest value away from the network's, more than {tolerance:g}"
+                f"{where} is {error:.2g} of its largest value away from the network's, more than {bound:g}"
             )
     return Agreement(images, len(grids), layer_error, layer, between_error, between, codes, flipped)
+
+
+def _through(output: Tensor, affine: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
+    if affine is None:
+        return output
+    factor, shift = (torch.from_numpy(part).view(1, -1, 1, 1) for part in affine)
+    return (output.double() * factor + shift).to(output.dtype)
 
 
 def _forced(quantized: Tensor, grid: Any, as_codes: bool) -> np.ndarray:

@@ -38,13 +38,15 @@ _STORED = ((2, "UINT2"), (4, "UINT4"), (8, "UINT8"))
 class Places:
     """The tensors of one layer in a written graph: before its activation quantiser, after it, and the layer's output.
 
-    `codes`: where the layer takes integers as they are, their tensor, which stands in for `quantized`.
+    `codes`: where the layer takes integers as they are, their tensor, which stands in for `quantized`. `affine`: a
+    factor and a shift per channel that the output has taken in.
     """
 
     before: str
     quantized: str
     output: str
     codes: str | None = None
+    affine: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Builder:
         """The name of an initializer with this value."""
         from onnx import numpy_helper
 
-        array = np.ascontiguousarray(np.asarray(value, dtype=dtype))
+        array = np.asarray(value, dtype=dtype, order="C")  # ascontiguousarray would give a scalar a dimension
         key = (array.dtype.str, array.shape, array.tobytes())
         if name is None and key in self._shared:
             return self._shared[key]

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.export.integer_network import is_quantized, readers_of_sums
 from common.nets import EvaluationNetwork
 from common.quant import QuantConv2d, QuantLinear
-from common.quant.integer import Grid, activation_grid, weight_codes
+from common.quant.integer import Grid, activation_grid, weight_codes, weight_grid
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -53,6 +54,8 @@ class TracedLayer:
     values: Tensor
     latent: Tensor
     kind: str
+    sums: tuple[int, float] | None = None
+    """(bits, scale) of an input that is another layer's sums, integers as they are."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,17 @@ def quantizable_layers(network: nn.Module) -> dict[str, QuantConv2d | QuantLinea
 
 def read_layers(network: nn.Module) -> tuple[TracedLayer, ...]:
     """The layers of a network with their grids. Raises ValueError that names the layer which has none."""
-    found = []
+    found, sources = [], readers_of_sums(network, is_quantized)
     for name, layer in quantizable_layers(network).items():
         codes, weights = weight_codes(layer, name) or (None, None)
         with torch.no_grad():
             values = layer.quantize_weight(layer.weight).detach().clone()
         activations = activation_grid(layer, name)
         kind = "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "convolution"
-        found.append(TracedLayer(name, codes, weights, activations, values, layer.weight.detach(), kind))
+        sums, source = None, sources.get(layer)
+        if source is not None:
+            sums = layer.activation_bits, float(weight_grid(source).scale * activation_grid(source).scale)
+        found.append(TracedLayer(name, codes, weights, activations, values, layer.weight.detach(), kind, sums))
     return tuple(found)
 
 
@@ -95,7 +101,8 @@ def trace(network: EvaluationNetwork, image: tuple[int, int, int]) -> Traced:
     marks = _symbolic()
     layers = read_layers(network)
     marked = Logits(_marked(network, marks)).eval()
-    example = torch.zeros(2, *image, dtype=layers[0].values.dtype)
+    dtype = layers[0].values.dtype if layers else torch.float32
+    example = torch.zeros(2, *image, dtype=dtype)
     with torch.no_grad(), _quiet():
         try:
             program = torch.export.export(marked, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

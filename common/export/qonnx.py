@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The format `qonnx`: one Quant node for every quantised tensor, at its own width; executed and counted by qonnx.
+
+A Quant node computes (round(clip(x / scale + zero, lowest, highest)) - zero) scale. Its clip is that of signed or
+unsigned integers of its width, so that a grid is written by its indices where its codes are no such range: scale is
+multiplier x scale, zero is -base / multiplier - offset / scale, which for a mid-rise grid is no whole number (1.5 at 2
+bits). qonnx computes with such a zero as with any other. Its cost counter takes a width from a Quant node only where
+the zero is 0; it is asked about a copy in which all zeros are 0, since no count depends on them.
+
+Activations whose ties fall otherwise (the sign, ternary) or whose levels are no whole range of integers are put on
+their grid by standard operators first; the Quant node behind them changes nothing and says the width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.cost import network_cost
+from common.engine.files import write_bytes
+from common.export.formats import Source
+from common.export.onnx_check import Execute, cut
+from common.export.onnx_formats import checked, compare_whole, traced_of
+from common.export.onnx_graph import Builder, Lowering, Written, finish, lower, quantize_exactly
+from common.export.onnx_runtime import OnnxRunner
+from common.export.onnx_trace import IMAGES, LOGITS, Traced, TracedLayer
+from common.quant.integer import Grid
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+DOMAIN = "qonnx.custom_op.general"
+
+
+def package() -> Any:
+    """qonnx, or ValueError with how to get it."""
+    try:
+        import qonnx
+    except ImportError as error:
+        raise ValueError(f"--format qonnx: needs qonnx ({error}); bash scripts/setup.sh export") from None
+    return qonnx
+
+
+# ------------------------------------------------------------------------------------------------------------ the graph
+
+
+def _quant(
+    builder: Builder,
+    x: str,
+    out: str,
+    *,
+    bits: int,
+    scale: Any,
+    zero: Any = 0.0,
+    signed: bool = False,
+    narrow: bool = False,
+    rounding: str = "ROUND",
+) -> None:
+    constants = [builder.constant(scale), builder.constant(zero), builder.constant(float(bits))]
+    builder.add(
+        "Quant",
+        [x, *constants],
+        out,
+        domain=DOMAIN,
+        signed=int(signed),
+        narrow=int(narrow),
+        rounding_mode=rounding,
+    )
+
+
+def _quant_on(builder: Builder, grid: Grid, x: str, out: str) -> None:
+    """A Quant node with the levels of a grid."""
+    rounding = "HALF_UP" if grid.rounding == "up" else "ROUND"
+    half = 2 ** (grid.bits - 1)
+    if grid.multiplier == 1 and grid.offset is None and grid.lowest in (-half, 1 - half) and grid.highest == half - 1:
+        if grid.bits > 1 and rounding == "ROUND":  # HALF_UP is away from zero: the same for indices alone
+            more = {"signed": True, "narrow": grid.lowest == 1 - half}
+            _quant(builder, x, out, bits=grid.bits, scale=grid.scale.numpy(), rounding=rounding, **more)
+            return
+    scale = grid.scale.double() * grid.multiplier
+    zero = -grid.base / grid.multiplier - (0.0 if grid.offset is None else grid.offset.double() / scale)
+    zero = zero if isinstance(zero, float) else zero.numpy()
+    _quant(builder, x, out, bits=grid.bits, scale=scale.numpy(), zero=zero, rounding=rounding)
+
+
+def _activation(builder: Builder, layer: TracedLayer, x: str, out: str) -> None:
+    grid = layer.activations
+    if grid is None:
+        if layer.sums is None:
+            builder.add("Identity", [x], out)
+        else:  # whole numbers already
+            _quant(builder, x, out, bits=layer.sums[0], scale=layer.sums[1], signed=True)
+        return
+    half, whole = 2 ** (grid.bits - 1), grid.levels == 2**grid.bits
+    narrow = grid.multiplier == 1 and grid.lowest == 1 - half and grid.highest == half - 1
+    if grid.rounding in ("even", "up") and (whole or narrow):
+        _quant_on(builder, grid, x, out)
+        return
+    on_grid = builder.fresh()
+    quantize_exactly(builder, layer, x, on_grid)
+    _quant_on(builder, grid, on_grid, out)
+
+
+def _weight(builder: Builder, layer: TracedLayer, out: str) -> None:
+    values = layer.values.contiguous().numpy()
+    if layer.weights is None:
+        builder.constant(values, name=out)
+        return
+    _quant_on(builder, layer.weights, builder.constant(values, name=f"{layer.name}.values"), out)
+
+
+def build_qonnx(traced: Traced) -> Written:
+    """The graph of the `qonnx` format."""
+    builder, places = lower(traced, Lowering(_activation, _weight))
+    about = {
+        "format": "qonnx",
+        "arithmetic": "float32 by qonnx's own executor, node by node: a reference for other tools, not made for speed",
+    }
+    return finish(traced, builder, places, about, {DOMAIN: 1})
+
+
+# -------------------------------------------------------------------------------------------------------- the execution
+
+
+def _wrapped(model: ModelProto, shapes: dict[str, tuple[int, ...]]) -> Any:
+    """A model of fixed input shapes for qonnx, every other shape inferred."""
+    import onnx
+
+    package()
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for entry in fixed.graph.input:
+        del entry.type.tensor_type.shape.dim[:]
+        for size in shapes[entry.name]:
+            entry.type.tensor_type.shape.dim.add().dim_value = size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for entry in fixed.graph.output:  # known by what gives them
+            entry.type.tensor_type.ClearField("shape")
+        return ModelWrapper(fixed).transform(InferShapes())
+
+
+def _executing(model: ModelProto) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    prepared: dict[tuple[Any, ...], Any] = {}
+
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        from qonnx.core.onnx_exec import execute_onnx
+
+        shapes = {name: value.shape for name, value in feeds.items()}
+        key = tuple(sorted(shapes.items()))
+        if key not in prepared:
+            prepared.clear()
+            prepared[key] = _wrapped(model, shapes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return execute_onnx(prepared[key], feeds)
+
+    return run
+
+
+def executor_of(model: ModelProto) -> Callable[[np.ndarray], np.ndarray]:
+    """Images -> logits, by qonnx."""
+    run = _executing(model)
+    return lambda images: run({IMAGES: images})[LOGITS]
+
+
+def execute_by_qonnx(model: ModelProto) -> Execute:
+    """A cut graph in qonnx."""
+    run, known = _executing(model), {entry.name for entry in model.graph.input}
+    return lambda feeds: run({name: value for name, value in feeds.items() if name in known})
+
+
+def counted(model: ModelProto, image: tuple[int, int, int]) -> dict[str, float]:
+    """BitOps, MACs and bits of weights by qonnx's own counter, for one image [C, H, W]."""
+    from onnx import numpy_helper
+    from qonnx.util.inference_cost import inference_cost
+
+    wrapped = _wrapped(model, {IMAGES: (1, *image)})
+    for node in wrapped.graph.node:
+        if node.op_type == "Quant":
+            zero = wrapped.get_initializer(node.input[2])
+            wrapped.graph.initializer.append(numpy_helper.from_array(np.zeros_like(zero), f"{node.output[0]}.zero"))
+            node.input[2] = f"{node.output[0]}.zero"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = inference_cost(wrapped, discount_sparsity=False)["total_cost"]
+    return {"bitops": found["total_bops"], "macs": found["total_macs"], "weight_bits": found["total_mem_w_bits"]}
+
+
+# ----------------------------------------------------------------------------------------------------------- the format
+
+
+def write_qonnx(source: Source, path: Path) -> None:
+    """Write the `qonnx` file."""
+    package()
+    write_bytes(path, build_qonnx(traced_of(source)).model.SerializeToString())
+
+
+def check_qonnx(source: Source, path: Path) -> dict[str, Any]:
+    """The file in qonnx, layer by layer and as a whole, and qonnx's counts beside the cost model's.
+
+    Raises ValueError where a layer or a count differs.
+    """
+    import onnx
+
+    written = build_qonnx(traced_of(source))
+    written.model = onnx.load(str(path))
+    agreement = checked(source, path, source.network, written.places, execute_by_qonnx(cut(written)))
+    cost, found = network_cost(source.network, source.image_shape), counted(written.model, source.image_shape)
+    ours = {
+        "bitops": cost.bitops,
+        "macs": cost.macs,
+        "weight_bits": 8 * sum(layer.weight_bytes for layer in cost.layers),
+    }
+    for name, value in ours.items():
+        if value != found[name]:
+            raise ValueError(f"{path}: qonnx counts {found[name]:,.0f} {name}, the cost model {value:,.0f}")
+    whole = compare_whole(source, source.network, OnnxRunner(path))
+    return {"bytes": path.stat().st_size, "counts": found, "layers": agreement.to_json(), "whole": whole}
