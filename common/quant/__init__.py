@@ -13,6 +13,7 @@ from common.quant.discrete import (
     ternary,
 )
 from common.quant.folding import fold_normalization
+from common.quant.integer import Grid, activation_grid, weight_codes, weight_grid
 from common.quant.layers import (
     MixedActivation,
     MixedQuantConv2d,
