@@ -6,11 +6,10 @@ A backend makes a call out of a module and its input; every place of a search sp
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from importlib import metadata
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from common.cost.expected import bit_pairs
 from common.cost.latency import Conditions, LatencyTable, Timing
 from common.cost.places import CLASSIFIER, FLOAT, STEM, Place, Sizes, build_place, space_places
 from common.engine.environment import device_names, versions
-from common.export.onnx_runtime import open_session
 from common.nets import Architecture, build_network
 from common.nets.architecture import Bits
 from common.nets.sampling import random_bits, random_genotype
@@ -48,53 +46,87 @@ class Space:
         return [(ends[place.operation],) * 2] if place.operation in ends else [FLOAT]
 
 
-@dataclass(frozen=True)
-class Backend:
+class _Answer(nn.Module):
+    """A module with the interface of a network, for the exporters: (output [B, ...] in one row an image, None)."""
+
+    auxiliary_head = None
+    memory_format = torch.contiguous_format
+
+    def __init__(self, module: nn.Module, keywords: dict[str, Any]) -> None:
+        super().__init__()
+        self.module, self.keywords = module, keywords
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        found = self.module(x, **self.keywords)
+        return (found[0] if isinstance(found, tuple) else found).flatten(1), None
+
+
+class Backend(Protocol):
     """What runs a module. `sees_bits`: whether its time can depend on the bits; else one timing stands for all."""
 
     name: str
-    call: Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], Call]
     sees_bits: bool
-    package: str = "torch"
+    packages: tuple[str, ...]
+
+    def call(self, module: nn.Module, x: Tensor, keywords: dict[str, Any], key: object) -> Call:
+        """A call of the module on x. Modules of one `key` differ in nothing but bits and weights."""
+        ...
 
 
-def _torch_call(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> Call:
+class Torch:
     """torch's own kernels, fake-quantised where the module is: along dense channels, without autograd."""
-    module.to(memory_format=torch.channels_last)
-    inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
 
-    def call() -> None:
-        with torch.inference_mode():
-            module(*inputs, **keywords)
+    name, sees_bits, packages = "torch", True, ("torch",)
 
-    return call
+    def call(self, module: nn.Module, x: Tensor, keywords: dict[str, Any], key: object) -> Call:
+        """See Backend."""
+        module.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+        def call() -> None:
+            with torch.inference_mode():
+                module(x, **keywords)
+
+        return call
 
 
-def _onnxruntime_call(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> Call:
-    """onnxruntime's kernels for the full-precision graph of a module of one input."""
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        program = torch.onnx.export(module, inputs, dynamo=True, verbose=False, external_data=False)
-    session = open_session(program.model_proto, torch.get_num_threads())
-    feed = {session.get_inputs()[0].name: inputs[0].numpy()}
-    return lambda: session.run(None, feed)
+class OnnxRuntime:
+    """onnxruntime's kernels on the graph that a format of export.py has for a module."""
+
+    packages = ("torch", "onnxruntime")
+
+    def __init__(self, name: str, sees_bits: bool) -> None:
+        self.name, self.sees_bits = name, sees_bits
+        self._traced: dict[object, Any] = {}
+
+    def call(self, module: nn.Module, x: Tensor, keywords: dict[str, Any], key: object) -> Call:
+        """See Backend. The graph is traced once for each key: bits and weights are put in afterwards."""
+        from common.export.onnx_graph import write_exact, write_float
+        from common.export.onnx_runtime import open_session
+        from common.export.onnx_trace import IMAGES, read_layers, trace
+
+        network, shape = _Answer(module, keywords), tuple(x.shape[1:])
+        if key not in self._traced:
+            self._traced[key] = trace(network, shape)
+        traced = replace(self._traced[key], layers=read_layers(network))
+        if self.name == "onnx-int8":
+            from common.export.onnx_int8 import build_int8
+
+            written = build_int8(traced, [x]).written
+        else:
+            written = write_float(traced) if self.name == "onnxruntime" else write_exact(traced)
+        session = open_session(written.model, torch.get_num_threads(), integer=self.name == "onnx-int8")
+        feed = {IMAGES: x.contiguous().numpy()}
+        return lambda: session.run(None, feed)
 
 
 BACKENDS: dict[str, Backend] = {
-    "torch": Backend("torch", _torch_call, sees_bits=True),
-    "onnxruntime": Backend("onnxruntime", _onnxruntime_call, sees_bits=False, package="onnxruntime"),
+    "torch": Torch(),
+    "onnxruntime": OnnxRuntime("onnxruntime", sees_bits=False),
+    "onnx": OnnxRuntime("onnx", sees_bits=True),
+    "onnx-int8": OnnxRuntime("onnx-int8", sees_bits=True),
 }
-"""Name -> what times a module: torch with fake quantisation, onnxruntime in full precision."""
-
-
-class _Logits(nn.Module):
-    """An evaluation network without its second output."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)[0]
+"""Name -> what times a module: torch, fake-quantised; onnxruntime in full precision, or a format of export.py."""
 
 
 @torch.no_grad()
@@ -151,7 +183,7 @@ def _calls(
         module = build_place(place, bits, **quantizers)
         x = torch.randn(batch, place.in_channels, place.size, place.size)
         _settled(module, x)
-    yield "", backend.call(module, (x,), {})
+    yield "", backend.call(module, x, {}, place)
     if not convolutions:
         return
     seen: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]] = {}
@@ -168,18 +200,14 @@ def _calls(
     for hook in hooks:
         hook.remove()
     for name, (layer, inputs, keywords) in seen.items():
-        yield name, backend.call(layer, inputs, keywords)
+        yield name, backend.call(layer, inputs[0], keywords, (place, name))
 
 
 def conditions(backend: Backend, batch: int, clock: str) -> Conditions:
     """Where this process measures, and with what."""
     found = versions()
-    packages = {"torch": found["torch"]}
-    if backend.package not in packages:
-        from importlib.metadata import version
-
-        packages[backend.package] = version(backend.package)
-    text = ", ".join([f"python {found['python']}", *(f"{name} {number}" for name, number in packages.items())])
+    packages = [f"{name} {metadata.version(name)}" for name in backend.packages]
+    text = ", ".join([f"python {found['python']}", *packages])
     return Conditions(backend.name, batch, torch.get_num_threads(), clock, str(device_names("cpu")["cpu"]), text)
 
 
@@ -220,7 +248,7 @@ def check(
             classifier_bits=sizes.classifier_bits if backend.sees_bits else 32,
             **space.quantizers,
         )
-        calls.append(backend.call(_Logits(_settled(network, x)).eval(), (x,), {}))
+        calls.append(backend.call(_settled(network, x), x, {}, architecture.genotype))
     samples = interleaved(calls, rounds=rounds, clock=table.conditions.clock)
     measured = [1e3 * steady(taken)[0] for taken in samples]
     pairs = list(zip(predicted, measured, strict=True))

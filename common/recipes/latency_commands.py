@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from common.recipes.latency import Space
 
 PROG = "python -m common.cost latency"
-BACKENDS = ("torch", "onnxruntime")
+BACKENDS = ("torch", "onnxruntime", "onnx", "onnx-int8")
 _BITS = (1, 2, 3, 4, 8, 32)
 _MAX_BYTES = 20_000_000  # of a table
 
@@ -36,7 +36,7 @@ def measure_parser() -> Parser:
     parser = Parser(prog=f"{PROG} measure", description="Time every operation of a search space into a table.")
     add = parser.add_argument
     add("--out", type=Path, metavar="F.csv", help="the table's file (must not be there yet)")
-    backends = "torch: fake-quantised, full precision at 32 bits; onnxruntime: full precision, whatever the bits"
+    backends = "torch: fake-quantised; onnxruntime: full precision; onnx, onnx-int8: export.py's formats in it"
     add("--backend", type=choice(*BACKENDS), default="torch", metavar="|".join(BACKENDS), help=backends)
     bits = "bits that the search chooses among; none: full precision"
     add("--bits", type=_bits_or_none, nargs="+", default=[2, 4], metavar="B", help=bits)
