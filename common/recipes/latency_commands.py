@@ -22,13 +22,11 @@ from common.engine.parsing import Config, Parser, Switch, choice, integer, numbe
 from common.recipes.flags import run_program
 
 if TYPE_CHECKING:
-    from common.cost.latency import LatencyTable
     from common.recipes.latency import Space
 
 PROG = "python -m common.cost latency"
 BACKENDS = ("torch", "onnxruntime", "onnx", "onnx-int8")
 _BITS = (1, 2, 3, 4, 8, 32)
-_MAX_BYTES = 20_000_000  # of a table
 
 
 def measure_parser() -> Parser:
@@ -161,26 +159,13 @@ def measure_table(config: Config) -> None:
         print(table.bits_text(bit_pairs(space.bits)))
 
 
-def load_table(path: Path, flag: str = "--lut") -> LatencyTable:
-    """The table in a file. Raises ValueError naming the flag, the file and the line."""
-    from common.cost.latency import read_table
-    from common.engine.files import read_regular
-
-    where = f"{flag} {path}"
-    if not Path(path).is_file():
-        raise ValueError(f"{where}: there is no such file; {PROG} measure --out {path} writes one")
-    try:
-        return read_table(read_regular(Path(path), _MAX_BYTES).decode(), where)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: no table of latencies: no text of UTF-8") from error
-
-
 def check_table(config: Config) -> None:
     """Compare, print the figures and write the rows."""
     import torch
 
     from common.engine.files import write_bytes
     from common.recipes import latency
+    from common.recipes.latency_file import load_table
     from common.recipes.timing import CLOCKS
 
     if config.lut is None:

@@ -23,7 +23,7 @@ from common.engine.checkpoint import taking_up
 from common.engine.cli import Config, cost_of, target_of
 from common.engine.search_loop import SearchSettings
 from common.nets import Supernet, build_supernet
-from common.recipes.latency_commands import load_table
+from common.recipes.latency_file import load_table
 from common.recipes.own_space import load_search_space
 from common.recipes.parts import Parts, parts_text, search_parts
 from common.recipes.setup import (

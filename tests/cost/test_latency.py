@@ -371,6 +371,29 @@ def test_places_are_all_that_networks_have() -> None:
                 assert place.passes_on or bits == ((2, 4) if places[place] else (32, 32))
 
 
+@pytest.mark.parametrize("backend, bits", [("onnxruntime", (2, 4)), ("onnx", (2, 4))])
+def test_what_onnxruntime_is_timed_on_is_the_place(backend: str, bits: tuple[int, int]) -> None:
+    """Its output is the module's: in full precision, or fake-quantised up to values that fall to the next level."""
+    from common.recipes.latency import BACKENDS
+
+    place, x = Place("dil_conv_3x3", 4, 4, 8), torch.randn(1, 4, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = build_place(place, bits).eval()
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_var.fill_(0.25)
+    found = torch.from_numpy(BACKENDS[backend].call(module, x, {}, place)()[0])
+    if backend == "onnxruntime":
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.quantize_weight = layer.quantize_activation = nn.Identity()
+    with torch.no_grad():
+        expected = module(x).flatten(1)
+    assert found.shape == expected.shape
+    near = torch.isclose(found, expected, rtol=1e-4, atol=1e-5).float().mean()
+    assert near > (0.999 if backend == "onnxruntime" else 0.9)
+
+
 def test_a_measured_place_is_the_networks_own() -> None:
     """Built by itself a place has the layers that it has within a network: same parameters, same output shape."""
     for place in (Place("sep_conv_5x5", 8, 8, 16, 2), Place("preprocess", 24, 8, 16, 2), Place("stem", 3, 8, 64, 8)):
