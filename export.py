@@ -86,6 +86,7 @@ def text(manifest: dict[str, Any]) -> str:
             shown = figures.items() if isinstance(figures, dict) else [("", figures)]
             rows = [f"{key} {_short(value)}".strip() for key, value in shown if not isinstance(value, (dict, list))]
             lines.append(f"  {part}: {', '.join(rows)}")
+    lines += [f"{name:<12}not written: {reason}" for name, reason in manifest["refused"].items()]
     return "\n".join(lines)
 
 

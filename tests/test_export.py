@@ -12,6 +12,7 @@ import pytest
 
 import export
 from common.data import evaluation_batches, load
+from common.export.formats import FORMATS, Format
 from common.export.runtimes import load_runner
 from common.recipes.trained import evaluate_network, load_trained
 from tests.helpers import smoke_runs
@@ -126,6 +127,30 @@ def test_what_is_refused_says_why(run: Path, tmp_path: Path, capsys: pytest.Capt
 
 def record_of_another_run() -> dict[str, Any]:
     return {"state_digest": "0" * 64, "files": {}, "refused": {}}
+
+
+def test_all_notes_what_no_format_holds_and_goes_on(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two formats alone: one that cannot hold the network, one that can."""
+
+    def cannot(*_: object) -> None:
+        raise ValueError("stem.0: this format has no stems")
+
+    monkeypatch.setattr("common.export.proof.refuse_everything", cannot, raising=False)
+    names = ("poor", "poor.safetensors", "common.export.proof", "refuse_everything", "check_packed", "for tests")
+    for name in set(FORMATS) - {"packed"}:
+        monkeypatch.delitem(FORMATS, name)
+    monkeypatch.setitem(FORMATS, "poor", Format(*names))
+    command = (run, "--out", tmp_path, "--images", 2, *SMALL, "--format")
+    assert "--format poor: stem.0: this format has no stems" in refused(capsys, *command, "poor")
+    assert export.main([str(word) for word in (*command, "all")]) == 0
+    assert "poor        not written: stem.0: this format has no stems" in capsys.readouterr().out
+    found = record(tmp_path)
+    assert list(found["files"]) == ["packed"] and found["refused"] == {"poor": "stem.0: this format has no stems"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "packed.safetensors"]
+    monkeypatch.delitem(FORMATS, "packed")
+    assert "no format holds this network" in refused(capsys, *command, "all")
 
 
 def test_a_failed_proof_leaves_no_file(
