@@ -333,9 +333,9 @@ def as_text(found: Mapping[str, Any]) -> str:
     n = max(row["n"] for row in found["rows"])
     lines += [
         "",
-        f"{n:,} test images; {threads} of {found['device']}, {found['clock']} time; {packages}. Milliseconds are medians "
-        "(95th percentile); images/s of batch 64; speed is against full precision in the same runtime (above 1: faster); peak MB is what "
-        "the process took beyond torch and the images.",
+        f"{n:,} test images; {threads} of {found['device']}, {found['clock']} time; {packages}. Milliseconds are "
+        "medians (95th percentile); images/s of batch 64; speed is against full precision in the same runtime (above "
+        "1: faster); peak MB is what the process took beyond torch and the images.",
     ]
     lines += [f"{row['backend']}: {row['arithmetic']}" for row in found["rows"]]
     lines += [f"{name}: left out: {reason}" for name, reason in found["left_out"].items()]
