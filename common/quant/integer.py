@@ -60,7 +60,7 @@ from common.quant.quantizers import (
 ROUNDINGS = ("even", "up", "sign", "ternary")
 """How values meet codes: to the nearest, ties to the even or the upper one; +-1 by the sign; -1, 0, 1 by halves."""
 
-_ON_GRID = 1e-4  # in codes: as far as a value may lie off its grid's levels, rounding errors of float32 included
+_ON_GRID = 0.01  # in codes: as far as a value may lie off its grid's levels; an offset adds float32's rounding errors
 
 
 @dataclass(frozen=True)

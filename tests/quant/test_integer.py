@@ -171,6 +171,30 @@ def test_convolutions_of_every_shape(
     check_layer(quantised(layer, *case, x), x)
 
 
+@pytest.mark.parametrize("rows", [slice(3, 4), slice(None)], ids=["a channel", "all"])
+@pytest.mark.parametrize(("weights", "activations"), [pair for pair in PAIRS if 8 in PAIRS[pair]])
+@torch.no_grad()
+def test_weights_of_zeros(weights: str, activations: str, rows: slice) -> None:
+    """A scale of nothing: a channel that is all zero, and a layer that is."""
+    x = images()
+    layer = quantised(QuantConv2d(6, 8, 3, padding=1), weights, activations, 8, x)
+    layer.weight[rows] = 0
+    if isinstance(layer.quantize_weight, CalibratedQuantizer):
+        layer.quantize_weight.calibrate(layer.weight)
+    check_layer(layer, x)
+
+
+def test_a_range_far_from_zero_is_still_a_grid() -> None:
+    """In float32 an offset of many ranges leaves rounding errors of its own."""
+    x = images().float()
+    layer = quantised(QuantConv2d(6, 8, 3), "minmax", "minmax", 8, x)
+    with torch.no_grad():
+        layer.weight.uniform_(10, 10.5)
+        layer.quantize_weight.calibrate(layer.weight)
+    codes, grid = weight_codes(layer)
+    assert torch.equal(decode(codes, grid), layer.quantize_weight(layer.weight))
+
+
 @pytest.mark.parametrize(("weights", "activations", "bits"), [c for c in CASES if c[2] in (2, 8) and c[0] != "linear"])
 def test_linear_layers(weights: str, activations: str, bits: int) -> None:
     torch.manual_seed(0)
