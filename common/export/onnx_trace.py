@@ -78,7 +78,11 @@ def quantizable_layers(network: nn.Module) -> dict[str, QuantConv2d | QuantLinea
 
 
 def read_layers(network: nn.Module) -> tuple[TracedLayer, ...]:
-    """The layers of a network with their grids. Raises ValueError that names the layer which has none."""
+    """The layers of a network with their grids. Raises ValueError that names a layer which has none, or two names."""
+    names: dict[nn.Module, str] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if isinstance(module, (QuantConv2d, QuantLinear)) and names.setdefault(module, name) != name:
+            raise ValueError(f"{name}: is {names[module]} too, and no format shares layers; give each use its own")
     found, sources = [], readers_of_sums(network, is_quantized)
     for name, layer in quantizable_layers(network).items():
         codes, weights = weight_codes(layer, name) or (None, None)
