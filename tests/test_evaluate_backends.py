@@ -18,6 +18,7 @@ from common.engine import read_json
 from common.recipes import backends
 from common.recipes.backends import FAKE, FP32, Plan, Task, as_text, compare, measure_in_process, perform
 from common.recipes.exporting import export_run, source_of
+from evaluate import BACKENDS
 from evaluate import main as evaluate
 from qdarts.train import main as train
 
@@ -92,6 +93,14 @@ def test_full_precision_is_the_network_without_quantisers(run: Path, monkeypatch
             if hasattr(module, "quantize_weight"):
                 module.quantize_weight = module.quantize_activation = torch.nn.Identity()
         torch.testing.assert_close(logits[FP32], network(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_flags_name_what_there_is() -> None:
+    """The flags list names without importing torch; they are those of the code that does the work."""
+    from common.recipes import latency, latency_commands
+
+    assert (FP32, FAKE, *backends.FILES) == BACKENDS
+    assert tuple(latency.BACKENDS) == latency_commands.BACKENDS
 
 
 def row(backend: str, one: float, many: float, size: int) -> dict[str, Any]:
