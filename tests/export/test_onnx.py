@@ -201,7 +201,7 @@ def test_torch_holds_bytes_and_no_pickled_object(source: Source, tmp_path: Path)
 def test_a_layer_that_is_used_twice_is_refused(source: Source) -> None:
     network = copy.deepcopy(source.network)
     cell = network.cells[0]
-    cell.preprocess0.forward = MethodType(lambda self, x: self.bn(self.conv(x)) + self.conv(x), cell.preprocess0)
+    cell.preprocess0.forward = MethodType(lambda self, x: self.bn(self.conv(x)) + self.conv(x + 1), cell.preprocess0)
     with pytest.raises(ValueError, match="cells.0.preprocess0.conv: is used twice in one pass"):
         write_exact(trace(network, source.image_shape))
     network.cells[0].preprocess0 = network.cells[0].preprocess1
