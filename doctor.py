@@ -38,6 +38,7 @@ OPTIONAL = {  # module -> (what it is for, cure)
     "ffcv": ("the fast ImageNet loader", "bash scripts/install_ffcv.sh, or conda: environment.yml"),
     "onnx": ("export to ONNX", f"{SETUP} export"),
     "onnxruntime": ("the check of an exported file", f"{SETUP} export"),
+    "onnxscript": ("export to ONNX, by torch's own exporter", f"{SETUP} export"),
     "qonnx": ("export to QONNX", f"{SETUP} export"),
     "submitit": ("sweeps on a Slurm cluster", f"{SETUP} cluster"),
 }
