@@ -250,6 +250,8 @@ def test_documented_commands_run(root: Path, runs: dict[str, Path], monkeypatch:
             arguments = without_ffcv(arguments, runs)
             if arguments[:3] == ["-m", "common.cost", "latency"]:  # a table of the networks that made_small searches
                 arguments += ["--dataset", "digits", "--init-channels", "4", "--layers", "3", "--samples", "2"]
+            if "--backends" in arguments:
+                arguments += ["--threads", "1", "--seconds", "0.05", "--images", "8"]
             if (key := shlex.join(arguments)) in done:
                 continue
             done.add(key)
