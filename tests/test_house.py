@@ -265,7 +265,10 @@ RUNS_CODE = re.compile(
     r"|.*\.exec_module|.*\.read_pickle"
 )
 # Python files that a user names in order to have them run: --data-module, --search-space.
-RUN_ON_REQUEST = {("common/data/own.py", "found.loader.exec_module")}
+RUN_ON_REQUEST = {
+    ("common/data/own.py", "found.loader.exec_module"),
+    ("common/export/torch_export.py", "torch.export.load"),  # after `_refuse_pickles`; the rest torch reads as tensors
+}
 
 
 def aliases(source: Source) -> dict[str, str]:

@@ -88,7 +88,7 @@ class OnnxRunner:
             )
         self.name, self.arithmetic = about["format"], about["arithmetic"]
         if self.name == "qonnx":
-            from common.export.qonnx import executor_of
+            from common.export.qonnx_runtime import executor_of
 
             self._run = executor_of(model)
         else:

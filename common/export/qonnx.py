@@ -13,8 +13,6 @@ their grid by standard operators first; the Quant node behind them changes nothi
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,26 +21,18 @@ import numpy as np
 from common.cost import network_cost
 from common.engine.files import write_bytes
 from common.export.formats import Source
-from common.export.onnx_check import Execute, cut
+from common.export.onnx_check import cut
 from common.export.onnx_formats import checked, compare_whole, traced_of
 from common.export.onnx_graph import Builder, Lowering, Written, finish, lower, quantize_exactly
 from common.export.onnx_runtime import OnnxRunner
-from common.export.onnx_trace import IMAGES, LOGITS, Traced, TracedLayer
+from common.export.onnx_trace import IMAGES, Traced, TracedLayer
+from common.export.qonnx_runtime import execute_by_qonnx, package, with_shapes
 from common.quant.integer import Grid
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 DOMAIN = "qonnx.custom_op.general"
-
-
-def package() -> Any:
-    """qonnx, or ValueError with how to get it."""
-    try:
-        import qonnx
-    except ImportError as error:
-        raise ValueError(f"--format qonnx: needs qonnx ({error}); bash scripts/setup.sh export") from None
-    return qonnx
 
 
 # ------------------------------------------------------------------------------------------------------------ the graph
@@ -124,60 +114,6 @@ def build_qonnx(traced: Traced) -> Written:
     return finish(traced, builder, places, about, {DOMAIN: 1})
 
 
-# -------------------------------------------------------------------------------------------------------- the execution
-
-
-def _wrapped(model: ModelProto, shapes: dict[str, tuple[int, ...]]) -> Any:
-    """A model of fixed input shapes for qonnx, every other shape inferred."""
-    import onnx
-
-    package()
-    from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.transformation.infer_shapes import InferShapes
-
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    for entry in fixed.graph.input:
-        del entry.type.tensor_type.shape.dim[:]
-        for size in shapes[entry.name]:
-            entry.type.tensor_type.shape.dim.add().dim_value = size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for entry in fixed.graph.output:  # known by what gives them
-            entry.type.tensor_type.ClearField("shape")
-        return ModelWrapper(fixed).transform(InferShapes())
-
-
-def _executing(model: ModelProto) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    prepared: dict[tuple[Any, ...], Any] = {}
-
-    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        from qonnx.core.onnx_exec import execute_onnx
-
-        shapes = {name: value.shape for name, value in feeds.items()}
-        key = tuple(sorted(shapes.items()))
-        if key not in prepared:
-            prepared.clear()
-            prepared[key] = _wrapped(model, shapes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return execute_onnx(prepared[key], feeds)
-
-    return run
-
-
-def executor_of(model: ModelProto) -> Callable[[np.ndarray], np.ndarray]:
-    """Images -> logits, by qonnx."""
-    run = _executing(model)
-    return lambda images: run({IMAGES: images})[LOGITS]
-
-
-def execute_by_qonnx(model: ModelProto) -> Execute:
-    """A cut graph in qonnx."""
-    run, known = _executing(model), {entry.name for entry in model.graph.input}
-    return lambda feeds: run({name: value for name, value in feeds.items() if name in known})
-
-
 def counted(model: ModelProto, image: tuple[int, int, int]) -> dict[str, float]:
     """BitOps, MACs and bits of weights by qonnx's own counter, for one image [C, H, W].
 
@@ -188,7 +124,7 @@ def counted(model: ModelProto, image: tuple[int, int, int]) -> dict[str, float]:
     from qonnx.transformation.infer_datatypes import InferDataTypes
     from qonnx.util.inference_cost import compute_bops_and_macs, compute_mem_bits_and_elems
 
-    wrapped = _wrapped(model, {IMAGES: (1, *image)})
+    wrapped = with_shapes(model, {IMAGES: (1, *image)})
     graph, values = wrapped.graph, {tensor.name: tensor for tensor in wrapped.graph.initializer}
     for number, node in enumerate(graph.node):
         node.name = f"node{number}"

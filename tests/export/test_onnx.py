@@ -30,6 +30,7 @@ from common.export.onnx_graph import write_exact, write_float
 from common.export.onnx_int8 import build_int8, check_int8, integer_kernels, write_int8
 from common.export.onnx_runtime import open_session
 from common.export.onnx_trace import trace
+from common.export.qonnx_runtime import executor_of
 from common.export.runtimes import load_runner
 from common.export.torch_export import check_torch, write_torch
 from common.nets import OPERATIONS, Architecture
@@ -166,7 +167,7 @@ def test_qonnx_counts_what_the_cost_model_counts(source: Source) -> None:
 
 def test_qonnx_executes_it(source: Source) -> None:
     x = images_of(source)[:5]
-    run = qonnx.executor_of(qonnx.build_qonnx(traced_of(source)).model)
+    run = executor_of(qonnx.build_qonnx(traced_of(source)).model)
     assert_near(run(x.numpy()), logits_of(source.network, x))
 
 

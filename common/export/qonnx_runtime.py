@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX files with Quant nodes in qonnx, its own executor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.export.onnx_check import Execute
+from common.export.onnx_trace import IMAGES, LOGITS
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def package() -> Any:
+    """qonnx, or ValueError with how to get it."""
+    try:
+        import qonnx
+    except ImportError as error:
+        raise ValueError(f"--format qonnx: needs qonnx ({error}); bash scripts/setup.sh export") from None
+    return qonnx
+
+
+def with_shapes(model: ModelProto, shapes: dict[str, tuple[int, ...]]) -> Any:
+    """A model of fixed input shapes for qonnx, every other shape inferred."""
+    import onnx
+
+    package()
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for entry in fixed.graph.input:
+        del entry.type.tensor_type.shape.dim[:]
+        for size in shapes[entry.name]:
+            entry.type.tensor_type.shape.dim.add().dim_value = size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for entry in fixed.graph.output:  # known by what gives them
+            entry.type.tensor_type.ClearField("shape")
+        return ModelWrapper(fixed).transform(InferShapes())
+
+
+def _executing(model: ModelProto) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    prepared: dict[tuple[Any, ...], Any] = {}
+
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        from qonnx.core.onnx_exec import execute_onnx
+
+        shapes = {name: value.shape for name, value in feeds.items()}
+        key = tuple(sorted(shapes.items()))
+        if key not in prepared:
+            prepared.clear()
+            prepared[key] = with_shapes(model, shapes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return execute_onnx(prepared[key], feeds)
+
+    return run
+
+
+def executor_of(model: ModelProto) -> Callable[[np.ndarray], np.ndarray]:
+    """Images -> logits, by qonnx."""
+    run = _executing(model)
+    return lambda images: run({IMAGES: images})[LOGITS]
+
+
+def execute_by_qonnx(model: ModelProto) -> Execute:
+    """A cut graph in qonnx."""
+    run, known = _executing(model), {entry.name for entry in model.graph.input}
+    return lambda feeds: run({name: value for name, value in feeds.items() if name in known})
