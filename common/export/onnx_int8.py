@@ -363,8 +363,13 @@ def build_int8(traced: Traced, images: Iterable[Tensor]) -> Quantized:
 
 
 def write_int8(source: Source, path: Path) -> None:
-    """Write the `onnx-int8` file."""
-    built = build_int8(traced_of(source), source.training(CALIBRATION_IMAGES))
+    """Write the `onnx-int8` file. Raises ValueError where not one layer would run in integers."""
+    traced = traced_of(source)
+    reasons = [reason_for_floats(layer) for layer in traced.layers]
+    if all(reasons):  # it would be another format under this one's name
+        why = "; ".join(sorted(set(reasons))) or "it has no layers"
+        raise ValueError(f"no layer of this network can run on 8-bit integer kernels ({why}); take --format onnx")
+    built = build_int8(traced, source.training(CALIBRATION_IMAGES))
     write_bytes(path, built.written.model.SerializeToString())
 
 

@@ -184,7 +184,7 @@ def _conclude(
         run.log(
             f"target {cost_figure(target, measure)}: "
             + ("reached" if reached else "NOT reached (it counts within 10%)")
-            + f", the found network has {cost_figure(steered, measure)} ({steered / target - 1:+.1%}; "
+            + f", the found network has {cost_figure(steered, measure)} ({steered / target - 1:+.2%}; "
             f"{movable:+.1%} of the part that choices can move)"
         )
     found = evaluation_cost(config, data, architecture)
