@@ -7,7 +7,7 @@ own need --data-module again: a Python file is not executed because a run names 
 
     python evaluate.py RUN --backends            # torch, the packed engine, onnxruntime: accuracy, speed, memory, size
     python evaluate.py RUN/export                # the same for files that export.py has written and proved
-    python evaluate.py RUN/export/onnx.onnx      # one of them
+    python evaluate.py RUN/export/network.onnx   # one of them
 """
 
 from __future__ import annotations

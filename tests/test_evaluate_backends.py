@@ -6,8 +6,11 @@ No figure of a clock is asserted.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +181,72 @@ def test_a_folder_of_an_export_with_its_run(run: Path, exported: Path, capsys: p
     found = json.loads(capsys.readouterr().out)
     assert [each["backend"] for each in found["rows"]] == [FP32, "packed"] and found["run"] == str(run)
     assert found["rows"][1]["smaller"] == found["rows"][0]["bytes"] / found["rows"][1]["bytes"]
+
+
+def test_a_changed_byte_is_refused_by_the_files_name(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX has no checksum of its own: a weight that changed would run, and only the record knows."""
+    folder = shutil.copytree(exported, tmp_path / "export")
+    path, data = folder / "network.onnx", bytearray(b"weights")
+    path.write_bytes(data)
+    about = read_json(folder / "export.json")
+    entry = {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert about["files"]["packed"].keys() > entry.keys()
+    about["files"]["onnx"] = entry
+    (folder / "export.json").write_text(json.dumps(about))
+    plan = backends.plan_of_folder(folder, ["onnx", "packed"], data=DIGITS)
+    assert [task.path for task in plan.tasks] == [str(folder / "packed.safetensors"), str(path)]
+    data[3] ^= 1
+    for changed in (data, data + b"!"):
+        path.write_bytes(changed)
+        for target in (path, folder):
+            assert evaluate([str(target), "--images", "4", "--seconds", "0.01", "--threads", "1"]) == 2
+            assert f"{path}: was changed since export.json was written; export the run" in capsys.readouterr().err
+
+
+def test_what_a_runtime_raises_names_the_file(tmp_path: Path) -> None:
+    """A graph that cannot be loaded, one that cannot be run, and what qonnx does not know."""
+    import numpy as np
+    import onnx
+    from onnx import helper
+
+    from common.export.onnx_runtime import OnnxRunner
+
+    wrong_sum = (helper.make_node("Add", ["images", "other"], ["logits"]), np.zeros((1, 1, 7, 16), np.float32))
+    wrong_shape = (helper.make_node("Reshape", ["images", "other"], ["logits"]), np.array([3, 7]))
+    unknown = (helper.make_node("Nothing", ["images", "other"], ["logits"], domain="none"), np.zeros(1, np.float32))
+    cases = [("onnx", wrong_sum, "load"), ("onnx", wrong_shape, "run"), ("qonnx", unknown, "execute")]
+    for number, (form, (node, value), verb) in enumerate(cases):
+        images = helper.make_tensor_value_info("images", 1, ["batch", 1, 16, 16])
+        logits, constant = (
+            helper.make_tensor_value_info("logits", 1, None),
+            onnx.numpy_helper.from_array(value, "other"),
+        )
+        graph = helper.make_graph([node], "graph", [images], [logits], [constant])
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("none", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        helper.set_model_props(model, {"format": form, "arithmetic": "float32"})
+        path = tmp_path / f"{number}.onnx"
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(ValueError, match=f"^{path}: {form}.* cannot {verb} it "):
+            OnnxRunner(path, 1)(torch.zeros(2, 1, 16, 16))
+
+
+def test_a_process_keeps_the_path_that_python_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+
+    def started(*_: Any, env: dict[str, str], **__: Any) -> Any:
+        seen.update(env)
+        return subprocess.CompletedProcess([], 0, stdout="{}", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setenv("PYTHONPATH", "/some/where")
+    measure_in_process(task(FP32, Path("x")))
+    assert seen["PYTHONPATH"].split(os.pathsep) == [str(backends.ROOT), "/some/where"]
+    monkeypatch.delenv("PYTHONPATH")
+    measure_in_process(task(FP32, Path("x")))
+    assert seen["PYTHONPATH"] == str(backends.ROOT)
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,17 @@ def onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(model: ModelProto | Path, threads: int | None = None, *, integer: bool = False, save: str = "") -> Any:
+def open_session(
+    model: ModelProto | Path,
+    threads: int | None = None,
+    *,
+    integer: bool = False,
+    save: str = "",
+    where: str = "the graph",
+) -> Any:
     """A session on the CPU. Stored weights are widened once, when the file is loaded, unless `integer`: then what
     stands between quantised tensors runs on integer kernels where there are any. `save`: where to put the graph as it
-    runs. Raises ValueError where onnxruntime cannot load it.
+    runs. Raises ValueError, beginning with the path or `where`, where onnxruntime cannot load it.
     """
     ort = onnxruntime()
     options = ort.SessionOptions()
@@ -45,7 +52,7 @@ def open_session(model: ModelProto | Path, threads: int | None = None, *, intege
         options.optimized_model_filepath = save
     if not integer:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    source, where = (str(model), f"{model}") if isinstance(model, Path) else (model.SerializeToString(), "the graph")
+    source, where = (str(model), f"{model}") if isinstance(model, Path) else (model.SerializeToString(), where)
     try:
         return ort.InferenceSession(
             source, options, providers=["CPUExecutionProvider"], disabled_optimizers=None if integer else _INEXACT
@@ -57,6 +64,17 @@ def open_session(model: ModelProto | Path, threads: int | None = None, *, intege
         ) from error
 
 
+def run_session(session: Any, names: list[str] | None, feeds: dict[str, np.ndarray], where: str) -> list[np.ndarray]:
+    """The outputs of a session. Raises ValueError, beginning with `where`, for what onnxruntime raises."""
+    try:
+        return session.run(names, feeds)
+    except Exception as error:  # its own exceptions derive from Exception alone
+        raise ValueError(
+            f"{where}: onnxruntime {onnxruntime().__version__} cannot run it ({str(error).strip()[:300]}); export the "
+            "run again, or use a newer one (pip install -U onnxruntime)"
+        ) from error
+
+
 def execute_by_onnxruntime(model: ModelProto) -> Execute:
     """A cut graph in onnxruntime."""
     session = open_session(model, threads=torch.get_num_threads())
@@ -64,7 +82,8 @@ def execute_by_onnxruntime(model: ModelProto) -> Execute:
     known = {entry.name for entry in session.get_inputs()}
 
     def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = session.run(names, {name: value for name, value in feeds.items() if name in known})
+        given = {name: value for name, value in feeds.items() if name in known}
+        values = run_session(session, names, given, "the graph, cut at its layers")
         return dict(zip(names, values, strict=True))
 
     return run
@@ -90,10 +109,10 @@ class OnnxRunner:
         if self.name == "qonnx":
             from common.export.qonnx_runtime import executor_of
 
-            self._run = executor_of(model)
+            self._run = executor_of(model, f"{path}")
         else:
-            session = open_session(model, threads, integer=self.name == "onnx-int8")
-            self._run = lambda images: session.run(None, {IMAGES: images})[0]
+            session = open_session(model, threads, integer=self.name == "onnx-int8", where=f"{path}")
+            self._run = lambda images: run_session(session, None, {IMAGES: images}, f"{path}")[0]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images [B, C, H, W] -> logits [B, classes]."""

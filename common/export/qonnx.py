@@ -26,7 +26,7 @@ from common.export.onnx_formats import checked, compare_whole, traced_of
 from common.export.onnx_graph import Builder, Lowering, Written, finish, lower, quantize_exactly
 from common.export.onnx_runtime import OnnxRunner
 from common.export.onnx_trace import IMAGES, Traced, TracedLayer
-from common.export.qonnx_runtime import execute_by_qonnx, package, with_shapes
+from common.export.qonnx_runtime import execute_by_qonnx, package, refused, with_shapes
 from common.quant.integer import Grid
 
 if TYPE_CHECKING:
@@ -163,7 +163,11 @@ def check_qonnx(source: Source, path: Path) -> dict[str, Any]:
     written = build_qonnx(traced_of(source))
     written.model = onnx.load(str(path))
     agreement = checked(source, path, source.network, written.places, execute_by_qonnx(cut(written)))
-    cost, found = network_cost(source.network, source.image_shape), counted(written.model, source.image_shape)
+    cost = network_cost(source.network, source.image_shape)
+    try:
+        found = counted(written.model, source.image_shape)
+    except Exception as error:  # qonnx asserts, and raises Exception itself
+        raise refused(f"{path}", "count", error) from error
     ours = {
         "bitops": cost.bitops,
         "macs": cost.macs,

@@ -46,31 +46,45 @@ def with_shapes(model: ModelProto, shapes: dict[str, tuple[int, ...]]) -> Any:
         return ModelWrapper(fixed).transform(InferShapes())
 
 
-def _executing(model: ModelProto) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+def refused(where: str, what: str, error: Exception) -> ValueError:
+    """What qonnx, or a package below it, raised, as an error that begins with `where`."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{where}: qonnx cannot {what} it ({type(error).__name__}: {reason[:200]}); export the run again, or in the "
+        "other formats"
+    )
+
+
+def _executing(model: ModelProto, where: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     prepared: dict[tuple[Any, ...], Any] = {}
 
     def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        package()
         from qonnx.core.onnx_exec import execute_onnx
 
         shapes = {name: value.shape for name, value in feeds.items()}
         key = tuple(sorted(shapes.items()))
-        if key not in prepared:
-            prepared.clear()
-            prepared[key] = with_shapes(model, shapes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return execute_onnx(prepared[key], feeds)
+        try:
+            if key not in prepared:
+                prepared.clear()
+                prepared[key] = with_shapes(model, shapes)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return execute_onnx(prepared[key], feeds)
+        except Exception as error:  # it asserts, and raises Exception itself
+            raise refused(where, "execute", error) from error
 
     return run
 
 
-def executor_of(model: ModelProto) -> Callable[[np.ndarray], np.ndarray]:
-    """Images -> logits, by qonnx."""
-    run = _executing(model)
+def executor_of(model: ModelProto, where: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Images -> logits, by qonnx. `where`: the file, named in errors."""
+    run = _executing(model, where)
     return lambda images: run({IMAGES: images})[LOGITS]
 
 
 def execute_by_qonnx(model: ModelProto) -> Execute:
     """A cut graph in qonnx."""
-    run, known = _executing(model), {entry.name for entry in model.graph.input}
+    run = _executing(model, "the graph, cut at its layers")
+    known = {entry.name for entry in model.graph.input}
     return lambda feeds: run({name: value for name, value in feeds.items() if name in known})

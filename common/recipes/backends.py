@@ -6,6 +6,7 @@ A process of its own makes peak memory the backend's, and keeps one's threads an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -199,7 +200,8 @@ def _status(key: str) -> str:
 
 def measure_in_process(task: Task) -> dict[str, Any]:
     """`perform` in a process of its own. Raises ValueError with the reason that it gave."""
-    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)}
     if task.threads is not None:
         environment |= {"OMP_NUM_THREADS": str(task.threads)}
     command = [sys.executable, "-m", "common.recipes.backends"]
@@ -263,9 +265,15 @@ def _versions() -> dict[str, Any]:
 
 
 def plan_of_folder(folder: Path, names: Sequence[str], **same: Any) -> Plan:
-    """The exported files that lie in a folder, by their manifest or by their names. `same`: the fields of each task."""
-    files = {name: folder / FORMATS[name].file for name in FILES if name in FORMATS}
-    tasks = [Task(name, str(path), **same) for name, path in files.items() if name in names and path.is_file()]
+    """The exported files that lie in a folder, by their manifest or by their names. `same`: the fields of each task.
+
+    Raises ValueError for a file that is not what the manifest says.
+    """
+    files = {name: folder / FORMATS[name].file for name in FILES if name in FORMATS and name in names}
+    files = {name: path for name, path in files.items() if path.is_file()}
+    for path in files.values():
+        check_unchanged(path)
+    tasks = [Task(name, str(path), **same) for name, path in files.items()]
     refused = manifest_of(folder).get("refused", {})
     left_out = {name: str(reason) for name, reason in refused.items() if name in names}
     return Plan(tasks, left_out)
@@ -279,9 +287,25 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found = check_schema(read_json(path), MANIFEST_SCHEMA, str(path), "the record of an export")
-    if not isinstance(found.get("refused", {}), dict):
-        raise ValueError(f"{path}: refused must be an object")
+    for key in ("files", "refused"):
+        if not isinstance(found.get(key, {}), dict):
+            raise ValueError(f"{path}: {key} must be an object")
     return found
+
+
+def check_unchanged(path: Path) -> None:
+    """Raise ValueError where the record beside an exported file gives it another size or sha256; none, no question."""
+    for entry in manifest_of(path.parent).get("files", {}).values():
+        if not isinstance(entry, dict) or entry.get("file") != path.name:
+            continue
+        if entry.get("bytes") != path.stat().st_size or entry.get("sha256") != sha256_of(path):
+            raise ValueError(f"{path}: was changed since export.json was written; export the run again")
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_files(run: Path, folder: Path, names: Sequence[str], **source: Any) -> dict[str, str]:

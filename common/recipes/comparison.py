@@ -11,7 +11,18 @@ from typing import Any
 
 from common.engine.cli import Config
 from common.export.formats import FORMATS
-from common.recipes.backends import FAKE, FILES, FP32, Plan, Task, compare, manifest_of, plan_of_folder, write_files
+from common.recipes.backends import (
+    FAKE,
+    FILES,
+    FP32,
+    Plan,
+    Task,
+    check_unchanged,
+    compare,
+    manifest_of,
+    plan_of_folder,
+    write_files,
+)
 from common.recipes.recorded import same_function
 from common.recipes.setup import data_flags
 from common.recipes.trained import load_trained
@@ -52,6 +63,8 @@ def compare_target(config: Config, names: Sequence[str]) -> dict[str, Any]:
         from common.recipes.own_space import load_search_space
 
         load_search_space(config.search_space)
+    if target.is_file():
+        check_unchanged(target)
     run = _run_of(target)
     same = _same(config, run, target)
     with tempfile.TemporaryDirectory(prefix="qdarts-backends-") as scratch:
