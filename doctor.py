@@ -40,6 +40,7 @@ OPTIONAL = {  # module -> (what it is for, cure)
     "onnxruntime": ("the check of an exported file", f"{SETUP} export"),
     "onnxscript": ("export to ONNX, by torch's own exporter", f"{SETUP} export"),
     "qonnx": ("export to QONNX", f"{SETUP} export"),
+    "safetensors": ("export to packed integers", f"{SETUP} export"),
     "submitit": ("sweeps on a Slurm cluster", f"{SETUP} cluster"),
 }
 PROGRAMS = {  # -> (argument that makes it say its version, what it is for)

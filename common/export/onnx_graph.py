@@ -86,10 +86,18 @@ class Builder:
         return name
 
     def stored(self, indices: Tensor, bits: int, name: str) -> tuple[str, str]:
-        """(name of an initializer with indices 0 ... 2^bits - 1 in the narrowest type, name of that type)."""
+        """(name of an initializer with indices 0 ... 2^bits - 1 in the narrowest type, name of that type).
+
+        Raises ValueError where the installed onnx has no such type.
+        """
         import onnx
 
         width, kind = next((width, kind) for width, kind in _STORED if bits <= width)
+        if not hasattr(onnx.TensorProto, kind):
+            raise ValueError(
+                f"--format: {name} has {bits} bits, and onnx {onnx.__version__} knows no {kind}; install onnx 1.20 or "
+                "newer (bash scripts/setup.sh export)"
+            )
         tensor = onnx.TensorProto(name=name, data_type=getattr(onnx.TensorProto, kind), dims=indices.shape)
         tensor.raw_data = pack(indices, width).numpy().tobytes()
         self.initializers[name] = tensor

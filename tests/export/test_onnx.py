@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from common.cost import network_cost
-from common.export import qonnx
+from common.export import onnx_graph, qonnx
 from common.export.formats import FORMATS, Source
 from common.export.onnx_formats import check_onnx, traced_of, unquantized
 from common.export.onnx_graph import write_exact, write_float
@@ -91,6 +91,14 @@ def test_onnx_is_standard_and_stores_weights_at_their_bits(source: Source) -> No
         tensor = stored[f"{name}.codes"]
         assert tensor.data_type == (onnx.TensorProto.UINT2 if layer.weight_bits == 2 else onnx.TensorProto.UINT8)
         assert len(tensor.raw_data) == -(-int(8 * layer.weight_bytes) // 8)
+
+
+def test_an_onnx_without_2_bit_integers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnx before 1.20."""
+    kept = {name: getattr(onnx.TensorProto, name) for name in ("UINT4", "UINT8")}
+    monkeypatch.setattr(onnx, "TensorProto", SimpleNamespace(**kept))
+    with pytest.raises(ValueError, match=f"onnx {onnx.__version__} knows no UINT2; install onnx 1.20 or newer"):
+        onnx_graph.Builder().stored(torch.zeros(4, dtype=torch.uint8), 2, "stem.codes")
 
 
 def test_no_path_of_this_machine_is_in_a_file(source: Source, tmp_path: Path) -> None:
@@ -167,7 +175,7 @@ def test_qonnx_counts_what_the_cost_model_counts(source: Source) -> None:
 
 def test_qonnx_executes_it(source: Source) -> None:
     x = images_of(source)[:5]
-    run = executor_of(qonnx.build_qonnx(traced_of(source)).model)
+    run = executor_of(qonnx.build_qonnx(traced_of(source)).model, "the graph")
     assert_near(run(x.numpy()), logits_of(source.network, x))
 
 
