@@ -267,7 +267,8 @@ RUNS_CODE = re.compile(
 # Python files that a user names in order to have them run: --data-module, --search-space.
 RUN_ON_REQUEST = {
     ("common/data/own.py", "found.loader.exec_module"),
-    ("common/export/torch_export.py", "torch.export.load"),  # after `_refuse_pickles`; the rest torch reads as tensors
+    # Given nothing but what `torch_archive.checked_program` let through: raw tensors, known operators, no pickle.
+    ("common/export/torch_export.py", "torch.export.load"),
 }
 
 

@@ -2,15 +2,14 @@
 """The format `torch`: the network as a program of torch.export, which runs without a line of this project.
 
 Quantised weights are one byte each, the index of their level, and are widened in every pass; activations are rounded
-to their grids in floats. The file's tensors are raw bytes. What torch pickles beside them, the example images of the
-trace, is read by its loader that takes tensors alone; a file with anything else that was pickled is refused.
+to their grids in floats. The file's tensors are raw bytes, nothing in it is pickled, and the same network gives the
+same bytes. What is read is checked by `torch_archive` before torch sees it.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from common.engine.files import write_bytes
 from common.export.formats import Source
 from common.export.onnx_check import Execute
 from common.export.onnx_formats import checked, compare_whole
 from common.export.onnx_graph import Places
 from common.export.onnx_trace import IMAGES, LOGITS, Logits, inference_copy, put, quantizable_layers
+from common.export.torch_archive import checked_program
 from common.quant.integer import Grid, activation_grid, codes_of, decode, encode, indices_of, weight_codes
 
 _ENTERS, _LEAVES = "quantize_activation", "leaves"
@@ -108,7 +109,10 @@ def write_torch(source: Source, path: Path) -> None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"RUN: torch.export cannot trace this network ({reason[:200]})") from error
         _strip(program.graph)
-        torch.export.save(program, str(path))
+        program._example_inputs = None  # they would be pickled
+        archive = io.BytesIO()  # a file's name would become part of its content
+        torch.export.save(program, archive)
+    write_bytes(path, archive.getvalue())
 
 
 def _strip(graph: fx.Graph) -> None:
@@ -141,31 +145,19 @@ class TorchRunner:
         self.path, self.threads = Path(path), threads
         if threads is not None:
             torch.set_num_threads(threads)
-        _refuse_pickles(self.path)
+        program = checked_program(self.path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                self.module = torch.export.load(str(path)).module()
-            except (RuntimeError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{path}: torch cannot load it ({str(error)[:200]}); export the run again") from error
+                self.module = torch.export.load(program).module()
+            except Exception as error:  # torch has many, and some are no kin of RuntimeError
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"{path}: torch cannot load it ({reason[:200]}); export the run again") from error
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images [B, C, H, W] -> logits [B, classes]."""
         return self.module(images)
-
-
-def _refuse_pickles(path: Path) -> None:
-    """Raise ValueError for an archive that would have anything but plain tensors read by pickle."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(("weights_config.json", "constants_config.json")):
-                    entries = json.loads(archive.read(name)).get("config", {})
-                    if any(entry.get("use_pickle") for entry in entries.values()):
-                        raise ValueError(f"{path}: holds pickled objects; give a file that export.py wrote")
-    except (OSError, zipfile.BadZipFile, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is no program of torch.export ({error}); export the run again") from error
 
 
 # ----------------------------------------------------------------------------------------------- looking into a program
