@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 
 import export
 from common.data import evaluation_batches, load
-from common.export.formats import FORMATS, Format
+from common.export.formats import FORMATS, Format, Source
 from common.export.runtimes import load_runner
 from common.recipes.trained import evaluate_network, load_trained
 from tests.helpers import smoke_runs
@@ -179,10 +183,78 @@ def test_an_old_file_stays_when_the_new_one_fails(
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_help_needs_no_torch(root: Path) -> None:
-    import subprocess
-    import sys
+def test_a_format_is_written_or_refused_never_both(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written once, refused in a later export of all: its old file goes, and its entry."""
+    works = {"first": True, "second": True}
 
+    def write(source: Source, path: Path) -> None:
+        if not works[path.name.partition("-")[2].partition("-")[2]]:
+            raise ValueError("3 codes differ")
+        path.write_bytes(b"network")
+
+    monkeypatch.setattr("common.export.proof.write_it", write, raising=False)
+    monkeypatch.setattr("common.export.proof.check_it", lambda source, path: {}, raising=False)
+    for name in list(FORMATS):
+        monkeypatch.delitem(FORMATS, name)
+    for name in works:
+        form = Format(name, name, "common.export.proof", "write_it", "check_it", "for tests")
+        monkeypatch.setitem(FORMATS, name, form)
+    command = [str(run), "--out", str(tmp_path), *SMALL, "--format"]
+    assert export.main([*command, "all"]) == 0
+    assert list(record(tmp_path)["files"]) == ["first", "second"]
+    works["second"] = False
+    assert export.main([*command, "second"]) == 2, "named, it is an error, and nothing is lost"
+    assert list(record(tmp_path)["files"]) == ["first", "second"] and record(tmp_path)["refused"] == {}
+    capsys.readouterr()
+    assert export.main([*command, "all"]) == 0
+    assert "second: the file of an earlier export is removed" in capsys.readouterr().out
+    found = record(tmp_path)
+    assert list(found["files"]) == ["first"] and found["refused"] == {"second": "3 codes differ"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "first"]
+    works["second"] = True
+    assert export.main([*command, "second"]) == 0
+    assert list(record(tmp_path)["files"]) == ["first", "second"] and record(tmp_path)["refused"] == {}
+
+
+def test_what_a_killed_export_left_is_swept(run: Path, tmp_path: Path) -> None:
+    """Killed in the midst of a check; the next export removes what it left, and no living process's."""
+    code = (
+        "import os, signal, sys, export\n"
+        "import common.export.proof as proof\n"
+        "proof.layer_figures = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export.main(sys.argv[1:])"
+    )
+    command = [str(run), "--format", "packed", "--out", str(tmp_path), "--images", "2", *SMALL]
+    root = Path(export.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, *command], cwd=root, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".tmp-*-packed.safetensors"))) == 1
+    living, foreign = tmp_path / f".tmp-{os.getppid()}-packed.safetensors", tmp_path / ".tmp-1-notes.txt"
+    living.write_text("")
+    foreign.write_text("")
+    assert export.main(command) == 0
+    assert set(tmp_path.glob(".tmp-*")) == {living, foreign}
+
+
+@pytest.mark.slow
+def test_a_network_without_integers_is_exported_in_floats(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Levels of a logarithm are no integers times a scale: formats of codes say so, the fp32 one has none."""
+    trained = make("ptq train", runs / "fp32-for-log", "--epochs", "1")
+    logarithms = make("ptq quantize", runs / "log", "--quant-method", "log", trained=trained)
+    assert export.main([str(logarithms), "--format", "all", "--out", str(tmp_path), "--images", "4", *SMALL]) == 0
+    found = record(tmp_path)
+    assert list(found["files"]) == ["onnx-fp32"] and set(found["refused"]) == set(FORMATS) - {"onnx-fp32"}
+    for name, reason in found["refused"].items():
+        assert "(weights)" in reason and "log" in reason, name
+    assert found["files"]["onnx-fp32"]["figures"]["whole"]["top1_agreement"] == 1
+    assert load_runner(tmp_path / "network-fp32.onnx").name == "onnx-fp32"
+
+
+def test_help_needs_no_torch(root: Path) -> None:
     code = "import sys, export\ntry:\n    export.main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "--format" in done.stdout, done.stderr

@@ -39,23 +39,57 @@ IMAGES, LOGITS = "images", "logits"
 
 
 @dataclass(frozen=True)
-class TracedLayer:
-    """One convolution or linear layer: its name in the network, and its operands.
+class Operands:
+    """What a layer computes with, in integers; each None where it is full precision.
 
-    `codes` [out, in / groups, ...] (int16) with `weights`, the grid, or None for both: full precision. `values`: the
-    weight that the layer computes with, quantised or not; `latent`: the one that was trained. `activations`: the grid
-    of its input, None where that is full precision.
+    `codes` [out, in / groups, ...] (int16) with `weights`, their grid; `activations`: the grid of the input; `sums`:
+    (bits, scale) of an input that is another layer's sums, integers as they are.
     """
 
-    name: str
     codes: Tensor | None
     weights: Grid | None
     activations: Grid | None
+    sums: tuple[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class TracedLayer:
+    """One convolution or linear layer: its name in the network, and its operands.
+
+    `values`: the weight that the layer computes with, quantised or not; `latent`: the one that was trained. `operands`:
+    in integers, or why there are none, which only formats that hold integers ask for: they meet it as a ValueError.
+    """
+
+    name: str
+    operands: Operands | str
     values: Tensor
     latent: Tensor
     kind: str
-    sums: tuple[int, float] | None = None
-    """(bits, scale) of an input that is another layer's sums, integers as they are."""
+
+    @property
+    def codes(self) -> Tensor | None:
+        """See Operands."""
+        return self._integers().codes
+
+    @property
+    def weights(self) -> Grid | None:
+        """See Operands."""
+        return self._integers().weights
+
+    @property
+    def activations(self) -> Grid | None:
+        """See Operands."""
+        return self._integers().activations
+
+    @property
+    def sums(self) -> tuple[int, float] | None:
+        """See Operands."""
+        return self._integers().sums
+
+    def _integers(self) -> Operands:
+        if isinstance(self.operands, str):
+            raise ValueError(self.operands)
+        return self.operands
 
 
 @dataclass(frozen=True)
@@ -78,29 +112,38 @@ def quantizable_layers(network: nn.Module) -> dict[str, QuantConv2d | QuantLinea
 
 
 def read_layers(network: nn.Module) -> tuple[TracedLayer, ...]:
-    """The layers of a network with their grids. Raises ValueError that names a layer which has none, or two names."""
+    """The layers of a network. Raises ValueError that names a layer which has two names."""
     names: dict[nn.Module, str] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, (QuantConv2d, QuantLinear)) and names.setdefault(module, name) != name:
             raise ValueError(f"{name}: is {names[module]} too, and no format shares layers; give each use its own")
     found, sources = [], readers_of_sums(network, is_quantized)
     for name, layer in quantizable_layers(network).items():
-        codes, weights = weight_codes(layer, name) or (None, None)
         with torch.no_grad():
             values = layer.quantize_weight(layer.weight).detach().clone()
-        activations = activation_grid(layer, name)
         kind = "linear" if isinstance(layer, nn.Linear) else "depthwise" if layer.groups > 1 else "convolution"
-        sums, source = None, sources.get(layer)
+        operands = _operands(name, layer, sources.get(layer))
+        found.append(TracedLayer(name, operands, values, layer.weight.detach(), kind))
+    return tuple(found)
+
+
+def _operands(name: str, layer: QuantConv2d | QuantLinear, source: nn.Module | None) -> Operands | str:
+    """A layer in integers, or why it cannot be; `source`: the layer whose sums it reads."""
+    try:
+        codes, weights = weight_codes(layer, name) or (None, None)
+        activations, sums = activation_grid(layer, name), None
         if source is not None:
             sums = layer.activation_bits, float(weight_grid(source).scale * activation_grid(source).scale)
-        found.append(TracedLayer(name, codes, weights, activations, values, layer.weight.detach(), kind, sums))
-    return tuple(found)
+    except ValueError as error:
+        return str(error)
+    return Operands(codes, weights, activations, sums)
 
 
 def trace(network: EvaluationNetwork, image: tuple[int, int, int]) -> Traced:
     """Trace a trained network for images [C, H, W]; the batch stays dynamic. The network is left as it is.
 
-    Raises ValueError where torch cannot trace it, or the layers hold what no format can.
+    Raises ValueError where torch cannot trace it, or a layer is shared. What only some formats cannot hold, a layer
+    without integers, is met where its integers are read.
     """
     marks = _symbolic()
     layers = read_layers(network)

@@ -86,14 +86,16 @@ def export_run(
     """Export a run in formats of FORMATS (`all`: every one) into `out` (default: `export` in the run's folder).
 
     A file appears there under its own name once its proof holds. Of `all` a format that cannot hold the network is
-    noted with the reason; of formats that were named it is an error. `where`: as `source_of` takes it. Returns the
-    manifest, which lies beside the files. Raises ValueError.
+    noted with the reason, and its file of an earlier export removed; of formats that were named it is an error, and
+    such a file stays. `where`: as `source_of` takes it. Returns the manifest, which lies beside the files. Raises
+    ValueError.
     """
     wanted = list(FORMATS) if "all" in formats else list(dict.fromkeys(formats))
     source, info = source_of(run, say=say, **where)
     folder = Path(out) if out is not None else Path(run) / "export"
     manifest = _manifest(folder, run, info)
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     refused = {}
     for name in wanted:
         try:
@@ -103,6 +105,7 @@ def export_run(
                 raise ValueError(f"--format {name}: {error}") from error
             refused[name] = str(error)
             say(f"{name}: not written: {error}")
+            _withdraw(name, str(error), manifest, folder, say)
             continue
         manifest["files"][name] = entry
         manifest["refused"].pop(name, None)
@@ -133,6 +136,39 @@ def _manifest(folder: Path, run: Path, info: dict[str, Any]) -> dict[str, Any]:
     if found.get("state_digest") != info["state_digest"]:
         raise ValueError(f"--out {folder}: holds the export of another network; give another folder")
     return new | {key: found[key] if isinstance(found.get(key), dict) else {} for key in ("files", "refused")}
+
+
+def _withdraw(name: str, reason: str, manifest: dict[str, Any], folder: Path, say: Say) -> None:
+    """Remove a format's entry and file of an earlier export: a format is written or refused, never both."""
+    if manifest["files"].pop(name, None) is None:
+        return
+    manifest["refused"][name] = reason
+    write_json(folder / MANIFEST, manifest)
+    (folder / FORMATS[name].file).unlink(missing_ok=True)
+    say(f"{name}: the file of an earlier export is removed")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what exports that were killed left half-written; those of processes that live go on."""
+    ours = {MANIFEST, *(form.file for form in FORMATS.values())}
+    for path in folder.glob(f"{TEMPORARY}*"):
+        owner, _, name = path.name.removeprefix(TEMPORARY).partition("-")
+        name = name.removeprefix(f"{TEMPORARY}{owner}-")  # `write_bytes` writes aside what is aside already
+        if name in ours and owner.isascii() and owner.isdigit() and not _others(int(owner)):
+            path.unlink(missing_ok=True)
+
+
+def _others(process: int) -> bool:
+    """Whether another process of this number lives."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # it is somebody else's
+    return True
 
 
 def _export_one(form: Format, source: Source, folder: Path, say: Say) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from common.export.onnx_formats import check_onnx, traced_of, unquantized
 from common.export.onnx_graph import write_exact, write_float
 from common.export.onnx_int8 import build_int8, check_int8, integer_kernels, write_int8
 from common.export.onnx_runtime import open_session
-from common.export.onnx_trace import trace
+from common.export.onnx_trace import quantizable_layers, read_layers, trace
 from common.export.qonnx_runtime import executor_of
 from common.export.runtimes import load_runner
 from common.export.torch_export import check_torch, write_torch
@@ -128,6 +128,17 @@ def test_fp32_beside_it_has_no_quantiser(source: Source) -> None:
     model, x = write_float(traced_of(source)).model, images_of(source)
     assert not {"Round", "DequantizeLinear", "Clip"} & {node.op_type for node in model.graph.node}
     assert_near(plain_session(model).run(None, {"images": x.numpy()})[0], logits_of(unquantized(source.network), x))
+
+
+def test_a_layer_without_integers_is_refused_where_they_are_read(source: Source) -> None:
+    """By formats that hold codes, that is: the plain one has no use for them."""
+    network = copy.deepcopy(source.network)
+    quantizable_layers(network)["classifier"].quantize_weight = nn.Tanh()
+    *_, classifier = read_layers(network)
+    assert torch.equal(classifier.latent, network.classifier.weight.detach())
+    for operand in ("codes", "weights", "activations", "sums"):
+        with pytest.raises(ValueError, match=r"classifier \(weights\): the quantiser Tanh offers no grid"):
+            getattr(classifier, operand)
 
 
 def test_a_foreign_or_damaged_file_is_refused_by_name(source: Source, tmp_path: Path) -> None:
