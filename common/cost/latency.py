@@ -115,24 +115,37 @@ class LatencyTable:
             found[pair] = Timing(sum(t.mean for t in timings), error, 1)
         return found
 
+    def groups(self, pairs: Sequence[Bits]) -> list[list[Bits]]:
+        """The pairs of bits, put together where they do not differ in this table by more than its noise.
+
+        From the fastest on: a group holds what is not told apart from the fastest pair in it; see LEAST_SPREAD.
+        """
+        totals = self.totals(pairs)
+        found: list[list[Bits]] = []
+        for pair in sorted(totals, key=lambda pair: totals[pair].mean):
+            if not found or _differ(totals[found[-1][0]], totals[pair]):
+                found.append([])
+            found[-1].append(pair)
+        return found
+
     def tells_apart(self, pairs: Sequence[Bits]) -> bool:
-        """Whether the pairs of bits differ in this table by more than its noise; see LEAST_SPREAD."""
-        totals = self.totals(pairs).values()
-        least, most = min(totals, key=lambda t: t.mean), max(totals, key=lambda t: t.mean)
-        gap = most.mean - least.mean
-        noise = math.hypot(least.standard_error, most.standard_error)
-        return gap > STANDARD_ERRORS * noise and gap > LEAST_SPREAD * most.mean
+        """Whether some of the pairs of bits differ in this table by more than its noise."""
+        return len(self.groups(pairs)) > 1
 
     def bits_text(self, pairs: Sequence[Bits]) -> str:
-        """Whether latency can choose among these bits, in a sentence."""
-        totals = self.totals(pairs)
+        """Among which of these bits latency can choose, in a sentence."""
+        totals, groups = self.totals(pairs), self.groups(pairs)
         shown = ", ".join(f"{w}/{a}: {t.mean:.3f} +- {t.std:.3f}" for (w, a), t in totals.items())
-        if self.tells_apart(pairs):
-            return f"bits (weight/activation) differ, in ms summed over all places: {shown}"
-        return (
-            f"{self.conditions.backend} takes equally long at all of these bits (weight/activation; ms summed over all "
-            f"places: {shown}): latency cannot choose among them, and the rows are read as equal"
-        )
+        if len(groups) == 1:
+            return (
+                f"{self.conditions.backend} takes equally long at all of these bits (weight/activation; ms summed over "
+                f"all places: {shown}): latency cannot choose among them, and the rows are read as equal"
+            )
+        text = f"bits (weight/activation) differ, in ms summed over all places: {shown}"
+        alike = [", ".join(f"{w}/{a}" for w, a in sorted(group)) for group in groups if len(group) > 1]
+        if alike:
+            text += f"; latency cannot choose among {'; nor among '.join(alike)}, whose rows are read as equal"
+        return text
 
     def to_csv(self) -> str:
         """The file's text, rows in the order in which they were measured."""
@@ -144,6 +157,11 @@ class LatencyTable:
             shape = [getattr(place, name) for name in PLACE_COLUMNS]
             writer.writerow([*shape, *bits, f"{t.mean:.6g}", f"{t.std:.6g}", t.n, *where])
         return buffer.getvalue()
+
+
+def _differ(faster: Timing, slower: Timing) -> bool:
+    gap, noise = slower.mean - faster.mean, math.hypot(faster.standard_error, slower.standard_error)
+    return gap > STANDARD_ERRORS * noise and gap > LEAST_SPREAD * slower.mean
 
 
 def read_table(text: str, name: str) -> LatencyTable:
@@ -224,7 +242,7 @@ def _number(fields: Mapping[str, str], name: str, where: str) -> float:
 class Latency:
     """A table as the measure of a search (`common.cost.measures.Measure`), in milliseconds.
 
-    Where the table cannot tell the bits of the search apart, it gives their mean for each, so that no noise of the
+    Where the table cannot tell bits of the search apart, it gives their mean for each of them, so that no noise of the
     measurement steers a choice of bits.
     """
 
@@ -232,7 +250,8 @@ class Latency:
 
     def __init__(self, table: LatencyTable, pairs: Iterable[Bits]) -> None:
         self.table, self.pairs = table, list(pairs)
-        self.flat = len(self.pairs) > 1 and not table.tells_apart(self.pairs)
+        groups = table.groups(self.pairs) if len(self.pairs) > 1 else [self.pairs]
+        self._alike = [[self.pairs.index(pair) for pair in group] for group in groups]
         text = [table.bits_text(self.pairs)] if len(self.pairs) > 1 else []
         self.notes = (f"latency: {table.conditions}", *text)
 
@@ -241,8 +260,15 @@ class Latency:
         return self._levelled([self.table.milliseconds(place, pair) for pair in pairs], pairs)
 
     def _levelled(self, found: list[float], pairs: Sequence[Bits]) -> list[float]:
-        flat = self.flat and list(pairs) == self.pairs
-        return [sum(found) / len(found)] * len(found) if flat else found
+        """Times at the pairs, with its mean in place of each that belongs to a group."""
+        if list(pairs) != self.pairs:
+            return found
+        levelled = list(found)
+        for group in self._alike:
+            mean = sum(found[index] for index in group) / len(group)
+            for index in group:
+                levelled[index] = mean
+        return levelled
 
     def convolutions(
         self, network: Network, image_size: int, names: Sequence[str], pairs: Sequence[Bits]

@@ -38,11 +38,13 @@ def measure_parser() -> Parser:
     add("--backend", type=choice(*BACKENDS), default="torch", metavar="|".join(BACKENDS), help=backends)
     bits = "bits that the search chooses among; none: full precision"
     add("--bits", type=_bits_or_none, nargs="+", default=[2, 4], metavar="B", help=bits)
-    single = "single convolutions too, which a search of each convolution's bits (qsubnet) needs"
+    single = "single convolutions too, which a search of bits on a fixed network needs"
     add("--convolutions", action=Switch, default=False, help=single)
     add("--batch", type=integer(1), default=1, metavar="N", help="images of a forward")
     _add_space(parser)
     _add_timing(parser)
+    least = "milliseconds that a sample lasts at least, by repeating the call"
+    parser.group("timing").add_argument("--least-ms", type=number(positive=True), default=2.0, metavar="MS", help=least)
     return parser
 
 
@@ -91,8 +93,6 @@ def _add_timing(parser: Parser) -> None:
     clock = "cpu: processor time of one thread, on a machine that others use too (check: the table's)"
     add("--clock", type=choice("wall", "cpu"), default="wall", metavar="wall|cpu", help=clock)
     add("--samples", type=integer(2), default=20, metavar="N", help="samples of each time, taken in turns")
-    least = "milliseconds that a sample lasts at least, by repeating the call"
-    add("--least-ms", type=number(positive=True), default=2.0, metavar="MS", help=least)
 
 
 def space_of(config: Config, bits: Sequence[int] | None) -> Space:

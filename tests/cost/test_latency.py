@@ -215,6 +215,26 @@ def test_equal_rows_are_said_and_steer_no_bits() -> None:
     assert different.tells_apart(pairs) and "differ" in different.bits_text(pairs)
 
 
+def test_bits_that_take_equally_long_among_others_are_levelled() -> None:
+    """2 and 4 bits run on the same kernels, 8 bits are slower: noise does not choose between 2 and 4, 8 still costs."""
+    source, pairs = random.Random(2), bit_pairs((2, 4, 8))
+    table = table_of((2, 4, 8), cost=lambda place, pair: source.gauss(2 if 8 in pair else 1, 0.02), std=0.06)
+    small, large = [pair for pair in pairs if 8 not in pair], [pair for pair in pairs if 8 in pair]
+    assert [sorted(group) for group in table.groups(pairs)] == [small, large] and table.tells_apart(pairs)
+    assert "cannot choose among 2/2, 2/4, 4/2, 4/4; nor among 2/8, 4/8, 8/2, 8/4, 8/8, whose" in table.bits_text(pairs)
+    measure = Latency(table, pairs)
+    assert any("cannot choose among 2/2, 2/4, 4/2, 4/4" in note for note in measure.notes)
+    for place in {place for place, bits in table.rows if bits == (2, 2)}:
+        values = dict(zip(pairs, measure.values(place, pairs), strict=True))
+        for group in (small, large):
+            mean = sum(table.rows[place, pair].mean for pair in group) / len(group)
+            assert [values[pair] for pair in group] == pytest.approx([mean] * len(group), rel=1e-12)
+            assert len({values[pair] for pair in group}) == 1, "no noise is left"
+        assert values[8, 8] > 1.8 * values[2, 2]
+    apart = table_of((2, 4, 8), cost=lambda place, pair: 1.2 ** pairs.index(pair))
+    assert all(len(group) == 1 for group in apart.groups(pairs)) and "cannot" not in apart.bits_text(pairs)
+
+
 def test_what_was_not_measured_is_refused() -> None:
     table = table_of()
     shape = Place("sep_conv_3x3", 12, 12, 16, 1)
@@ -427,7 +447,10 @@ def test_measure_then_check_then_search(tmp_path: Path, capsys: pytest.CaptureFi
     }
     assert "over all places" in capsys.readouterr().out
     assert cost(["latency", "measure", "--out", str(table), *space]) == 2 and "overwritten" in capsys.readouterr().err
-    found = ["latency", "check", "--lut", str(table), *space, *quick, "--architectures", "3", "--json"]
+    with pytest.raises(SystemExit):
+        cost(["latency", "check", "--lut", str(table), "--least-ms", "1"])
+    assert "--least-ms: there is no such flag" in capsys.readouterr().err
+    found = ["latency", "check", "--lut", str(table), *space, *quick[:2], "--architectures", "3", "--json"]
     assert cost(found) == 0
     assert '"mape"' in capsys.readouterr().out
     assert cost([*found[:-1], "--layers", "4"]) == 2 and "holds no row" in capsys.readouterr().err
