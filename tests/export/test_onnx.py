@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import subprocess
 import sys
@@ -191,6 +192,25 @@ def test_qonnx_executes_it(source: Source) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- torch
+
+
+def test_the_first_images_across_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qonnx, "CHECKED_IMAGES", 3)
+    assert [len(x) for x, _ in qonnx._first(lambda: [(torch.zeros(2), torch.zeros(2))] * 3)] == [2, 1]
+
+
+@pytest.mark.slow
+def test_the_check_by_qonnx_takes_few_images_and_says_so(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its executor is slow; the others take a thousand."""
+    monkeypatch.setattr(qonnx, "CHECKED_IMAGES", 3)
+    said: list[str] = []
+    few = dataclasses.replace(source, say=said.append)
+    qonnx.write_qonnx(few, tmp_path / "network-qonnx.onnx")
+    figures = qonnx.check_qonnx(few, tmp_path / "network-qonnx.onnx")
+    assert said == ["qonnx: its own executor is slow; checking 3 images"]
+    assert figures["images"] == figures["layers"]["images"] == figures["whole"]["images"] == 3
 
 
 def test_torch_holds_bytes_and_no_pickled_object(source: Source, tmp_path: Path) -> None:
