@@ -67,6 +67,16 @@ def readers_of_sums(network: nn.Module, integer: Callable[[nn.Module], bool]) ->
     }
 
 
+def refuse_not_finite(network: nn.Module) -> None:
+    """Raise ValueError naming the first parameter or buffer that holds infinities or no numbers at all. Ranges of
+    quantisers are left to what they give, since infinite ones say that nothing was calibrated.
+    """
+    for name, value in network.state_dict().items():
+        of_quantizer = ".quantize_weight." in name or ".quantize_activation." in name
+        if value.is_floating_point() and not of_quantizer and not value.isfinite().all():
+            raise ValueError(f"{name}: holds numbers that are not finite; export a training that went well")
+
+
 Followed = tuple[nn.BatchNorm2d, slice]
 """The normalisation that follows a layer, and the layer's channels there."""
 
@@ -87,11 +97,12 @@ def normalizations_of(network: nn.Module, integer: Callable[[nn.Module], bool]) 
 def integer_network(network: EvaluationNetwork) -> nn.Module:
     """A copy of a trained network in integers, in evaluation mode, of the network's own type of constants.
 
-    Raises ValueError naming the layer where a quantiser has no codes, a range was never set, or a normalisation
-    has no running statistics.
+    Raises ValueError naming the layer where a quantiser has no codes, a range was never set, a normalisation has no
+    running statistics, or a number is not finite.
     """
     network = copy.deepcopy(network).eval()
     network.auxiliary_head = None  # only a training has a use for it
+    refuse_not_finite(network)
     layers = {name: layer for name, layer in layers_of(network).items() if is_quantized(layer)}
     _check_normalizations(network)
     sources, follows = readers_of_sums(network, is_quantized), normalizations_of(network, is_quantized)
@@ -175,6 +186,10 @@ def _integer_layer(
         "input_grid": input_grid,
         "reads_sums": reads_sums,
     }
+    of_input = () if input_grid is None else (input_grid.scale, input_grid.offset)
+    for constant in (*constants.values(), *of_input):
+        if isinstance(constant, Tensor) and not constant.isfinite().all():
+            raise ValueError(f"{name}: its scales are beyond what {dtype} holds; export a training that went well")
     return integer_form(layer, weight, constants)
 
 

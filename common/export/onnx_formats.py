@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.cost import network_cost
 from common.engine.files import write_bytes
 from common.export.formats import Source
+from common.export.integer_network import refuse_not_finite
 from common.export.onnx_check import Agreement, Execute, check_layers, cut
 from common.export.onnx_graph import Places, Written, write_exact, write_float
 from common.export.onnx_runtime import OnnxRunner, execute_by_onnxruntime
@@ -30,8 +31,11 @@ _traced: WeakKeyDictionary[nn.Module, Traced] = WeakKeyDictionary()
 
 
 def traced_of(source: Source) -> Traced:
-    """The marked graph of the source's network, traced once for all formats."""
+    """The marked graph of the source's network, traced once for all formats. Raises ValueError naming what it cannot
+    hold.
+    """
     if source.network not in _traced:
+        refuse_not_finite(source.network)
         _traced[source.network] = trace(source.network, source.image_shape)
     return _traced[source.network]
 
@@ -110,11 +114,15 @@ def checked_batches(source: Source, images: int = CHECKED_IMAGES) -> Iterator[tu
 
 @torch.inference_mode()
 def compare_whole(source: Source, network: EvaluationNetwork, runner: Runner) -> dict[str, Any]:
-    """From image to logits: how many images are classified alike, and rightly."""
+    """From image to logits: how many images are classified alike, and rightly. Raises ValueError naming the file where
+    logits are not finite.
+    """
     images = alike = right = right_file = 0
     difference = largest = 0.0
     for x, labels in checked_batches(source):
         expected, found = network(x)[0], runner(x)
+        if not (expected.isfinite().all() and found.isfinite().all()):  # max() would pass over them
+            raise ValueError(f"{runner.path}: logits are not finite, of the file or of the network")
         images += len(x)
         alike += int((expected.argmax(1) == found.argmax(1)).sum())
         right += int((expected.argmax(1) == labels).sum())

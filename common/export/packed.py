@@ -109,7 +109,7 @@ class Packed:
 def packed_bytes_of(network: nn.Module, description: Description) -> bytes:
     """The whole file of a network that `integer_network` made. Its constants keep the network's type."""
     save = _safetensors().save
-    tensors = _tensors(network)
+    tensors = tensors_of(network)
     text = json.dumps(plain(description.to_json()), separators=(",", ":"), allow_nan=False)
     digests = {name: _digest(tensor) for name, tensor in tensors.items()} | {"network": _sha256(text.encode())}
     header = {"format": FORMAT, "schema": SCHEMA, "network": json.loads(text), "sha256": digests}
@@ -124,7 +124,8 @@ def _safetensors() -> ModuleType:
     return safetensors.torch
 
 
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the file of a network that `integer_network` made, by name."""
     dtype = network_dtype(network)
     codes: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
     scales: list[Tensor] = [torch.empty(0, dtype=dtype)]
@@ -196,6 +197,12 @@ def read_packed(path: Path) -> Packed:
     another network than it says.
     """
     return from_bytes(read_regular(Path(path), _FILE_LIMIT), str(path))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a packed file, by name, as `read_packed` reads them. Raises ValueError that names the file."""
+    data, where = read_regular(Path(path), _FILE_LIMIT), str(path)
+    return _checked_tensors(data, _header(data, where), where)
 
 
 def from_bytes(data: bytes, where: str) -> Packed:

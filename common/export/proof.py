@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The packed file written, and the proof that it computes what the trained network computes.
 
-Three statements, from the strictest to the plainest:
+The constants on disk are those of the network's form in float64, to float32's rounding, and its codes are those of a
+form made anew. Three statements then, from the strictest to the plainest:
 
 1. In float64, through the very file format, all codes of all layers are equal to the network's and so are the logits,
    to 1e-9. What the format holds is the network: nothing but rounding is left between them.
-2. In float32, every layer that is fed the network's own codes gives the network's own sums, as integers and exactly.
+2. In float32, every layer of the file that is fed the network's own codes gives the network's own sums, as integers
+   and exactly, and its output behind the normalisation, to 1e-4.
 3. In float32 from image to logits a value that lies on the border of two levels may fall to either side, here as on any
    two machines: how many codes do, and how many images are classified alike, is counted over the whole test set.
 """
@@ -13,6 +15,7 @@ Three statements, from the strictest to the plainest:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,14 +29,27 @@ from torch import Tensor, nn
 from common.cost import network_cost
 from common.engine.files import write_bytes
 from common.export.formats import Source
-from common.export.integer_network import integer_network, is_quantized, layers_of, readers_of_sums
-from common.export.packed import Description, from_bytes, packed_bytes_of, read_packed
+from common.export.integer_network import (
+    Followed,
+    integer_network,
+    is_quantized,
+    layers_of,
+    normalizations_of,
+    readers_of_sums,
+)
+from common.export.packed import Description, from_bytes, packed_bytes_of, read_packed, read_tensors, tensors_of
+from common.quant.folding import scale_and_shift
 from common.quant.integer import Grid, IntegerLayer, activation_grid, weight_grid
 
 CHECKED_IMAGES = 1000
 """How many images statements 1 and 2 are checked on; 3 takes every test image."""
 LOGIT_TOLERANCE = 1e-9
 """Of statement 1, relative to the largest logit where that is above 1."""
+CONSTANT_TOLERANCE = 1e-6
+"""Of constants on disk, relative: float32's rounding of the number itself and of a standard deviation."""
+OUTPUT_TOLERANCE = 1e-4
+"""Of a layer's outputs on the same codes, relative to the largest of them."""
+_TINY = 1e-37  # below it float32 keeps fewer digits
 _CODES_AT_ONCE = 2**26  # codes that are held at a time, of four or eight bytes each
 
 Figures = dict[str, Any]
@@ -50,7 +66,8 @@ def write_packed(source: Source, path: Path) -> None:
 
 
 def check_packed(source: Source, path: Path) -> Figures:
-    """The three statements above for a written file, and its size. Raises ValueError where one does not hold."""
+    """What is said above of a written file, and its size. Raises ValueError naming the file where it does not hold."""
+    check_stored(source, path)
     packed, figures = read_packed(path).network, {"size": size_figures(source, path)}
     figures["float64"] = found = exact_figures(source, str(path))
     source.say(f"packed: all {found['codes']:,} codes of {found['images']:,} images are equal in float64")
@@ -65,7 +82,7 @@ def check_packed(source: Source, path: Path) -> Figures:
 
 
 def size_figures(source: Source, path: Path) -> Figures:
-    """The file's bytes beside the cost model's. Raises ValueError where they are more than it counts allow."""
+    """The file's bytes beside the cost model's; `within`: whether they are no more than its count allows."""
     cost, size = network_cost(source.network, source.image_shape), path.stat().st_size
     allowed = int(1.05 * cost.weight_bytes + 100 * len(cost.layers))
     return {
@@ -77,6 +94,29 @@ def size_figures(source: Source, path: Path) -> Figures:
         "within": size <= allowed,
         "of_fp32": size / cost.weight_bytes_fp32,
     }
+
+
+# -------------------------------------------------------------------------------------------------- what was written
+
+
+def check_stored(source: Source, path: Path) -> None:
+    """Hold the file's tensors against forms of the network made anew: integers against the one in float32, where the
+    codes were computed, constants against the one in float64. Raises ValueError naming the file and the tensor.
+    """
+    stored, fresh = read_tensors(path), tensors_of(integer_network(source.network))
+    exact = tensors_of(integer_network(copy.deepcopy(source.network).double()))
+    if stored.keys() != fresh.keys():
+        raise ValueError(f"{path}: holds other tensors than the network has; export it again")
+    for name, value in stored.items():
+        constant = name in ("scales", "floats")
+        expected = exact[name] if constant else fresh[name]
+        equal = value.shape == expected.shape and value.dtype == fresh[name].dtype
+        if equal and constant:
+            equal = torch.allclose(value.double(), expected, rtol=CONSTANT_TOLERANCE, atol=_TINY)
+        elif equal:
+            equal = torch.equal(value, expected)
+        if not equal:
+            raise ValueError(f"{path}: its {name} are not the network's; export it again")
 
 
 # ---------------------------------------------------------------------------------------------------- looking at layers
@@ -191,13 +231,19 @@ def compare(
         with followed(packed, inputs, count_flips):
             logits = packed(x)[0]
         found.images += len(x)
-        found.largest_logit = max(found.largest_logit, float(expected.abs().max()))
-        found.largest_logit_difference = max(found.largest_logit_difference, float((logits - expected).abs().max()))
+        found.largest_logit = _larger(found.largest_logit, expected)
+        found.largest_logit_difference = _larger(found.largest_logit_difference, logits - expected)
         winners, packed_winners = expected.argmax(1), logits.argmax(1)
         found.agree += int((winners == packed_winners).sum())
         found.correct += int((winners == labels).sum())
         found.correct_packed += int((packed_winners == labels).sum())
     return found
+
+
+def _larger(value: float, tensor: Tensor) -> float:
+    """The larger of a value and a tensor's largest magnitude; infinity where the tensor holds no number."""
+    largest = float(tensor.abs().max())
+    return max(value, largest) if math.isfinite(largest) else math.inf
 
 
 def _few_at_once(
@@ -235,9 +281,10 @@ def exact_figures(source: Source, where: str) -> Figures:
             f"them in {layer}; if that is an operation or a quantiser of your own, its forward pass and its "
             "integer_grid do not belong together"
         )
-    if not found.largest_logit_difference <= LOGIT_TOLERANCE * max(1.0, found.largest_logit):
+    difference = found.largest_logit_difference
+    if not math.isfinite(difference) or not difference <= LOGIT_TOLERANCE * max(1.0, found.largest_logit):
         raise ValueError(
-            f"{where}: logits differ by {found.largest_logit_difference:.3g} in float64, where {LOGIT_TOLERANCE:g} is "
+            f"{where}: logits differ by {difference:.3g} in float64, where {LOGIT_TOLERANCE:g} is "
             "allowed; an operation of your own may compute with something that is not in the network's state"
         )
     return {key: found.to_json()[key] for key in ("images", "codes", "flipped", "largest_logit_difference")}
@@ -252,14 +299,15 @@ _CLEAR = 0.25
 @dataclass
 class LayerFigures:
     """Sums of layers that are fed the same codes: how many were compared, how many differed, how far from a whole
-    number the network's own float32 sums lay at most, and how many layers had to add up the same float32 numbers in
-    float64, since float32 cannot name their sums.
+    number the network's own float32 sums lay at most, how far the outputs differed, relative to a layer's largest, and
+    how many layers had to add up the same float32 numbers in float64, since float32 cannot name their sums.
     """
 
     layers: int = 0
     sums: int = 0
     different: int = 0
     from_whole: float = 0.0
+    output_error: float = 0.0
     in_double: list[str] = field(default_factory=list)
     largest_sum: int = 0
 
@@ -271,13 +319,27 @@ def layer_figures(source: Source, packed: nn.Module, where: str) -> Figures:
     A layer's sums come from what it gives, (output - bias) / scales - corrections, and must be the integers there.
     """
     network, inputs = source.network, inputs_of(source.network)
+    every = {name: m for name, m in packed.named_modules() if isinstance(m, IntegerLayer)}
+    follows = normalizations_of(network, is_quantized)
     integers = {name: m for name, m in packed.named_modules() if isinstance(m, IntegerLayer) and m.exact}
     found = LayerFigures(len(integers), largest_sum=max((m.largest_sum for m in integers.values()), default=0))
     # beyond 2^24 float32 rounds to whole numbers, so that nothing would show
     found.in_double = [name for name, integer in integers.items() if integer.carrier == torch.float64]
 
     def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        codes = inputs[name].codes(x, layer)
+        codes = inputs[name].codes(x, layer) if name in inputs else layer.quantize_activation(x)
+        if name in integers:
+            note_sums(name, layer, x, codes, output)
+        if every[name].rescale is not None:
+            error = _output_error(every[name].output(codes), output, follows.get(layer))
+            found.output_error = max(found.output_error, error)
+            if not error <= OUTPUT_TOLERANCE:
+                raise ValueError(
+                    f"{where}: {name}: gives outputs {error:.2g} of their largest away from the network's on the same "
+                    "codes; export it again"
+                )
+
+    def note_sums(name: str, layer: nn.Module, x: Tensor, codes: Tensor, output: Tensor) -> None:
         if name not in found.in_double:
             expected, deviation = _sums(layer, output, inputs[name], integers[name], codes)
             if deviation > _CLEAR:
@@ -296,9 +358,20 @@ def layer_figures(source: Source, packed: nn.Module, where: str) -> Figures:
             )
 
     for x, _ in _few_at_once(source.test(), network, CHECKED_IMAGES):
-        with followed(network, integers, note):
+        with followed(network, every, note):
             network(x)
     return asdict(found) | {"in_double": len(found.in_double)}
+
+
+def _output_error(found: Tensor, output: Tensor, followed_by: Followed | None) -> float:
+    """How far a packed layer's output is from the network's behind its normalisation, relative to the largest there."""
+    expected = output.double()
+    if followed_by is not None:
+        normalization, channels = followed_by
+        constants = scale_and_shift(copy.deepcopy(normalization).double())
+        factor, shift = (c[channels].view(1, -1, 1, 1) for c in constants)
+        expected = expected * factor + shift
+    return _larger(0.0, found.double() - expected) / (float(expected.abs().max()) or 1.0)
 
 
 def _sums(
@@ -328,5 +401,8 @@ def _added_in_double(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def whole_figures(source: Source, packed: nn.Module) -> Figures:
-    """Statement 3: both networks in float32 on every test image."""
-    return compare(source.network, packed, source.test()).to_json()
+    """Statement 3: both networks in float32 on every test image. Raises ValueError where logits are not finite."""
+    found = compare(source.network, packed, source.test())
+    if not math.isfinite(found.largest_logit_difference):
+        raise ValueError("logits are not finite on the test set; export a training that went well")
+    return found.to_json()

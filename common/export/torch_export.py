@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from common.engine.files import write_bytes
 from common.export.formats import Source
+from common.export.integer_network import refuse_not_finite
 from common.export.onnx_check import Execute
 from common.export.onnx_formats import checked, compare_whole
 from common.export.onnx_graph import Places
@@ -91,7 +92,10 @@ class StoredLayer(nn.Module):
 
 
 def stored_network(source: Source) -> nn.Module:
-    """Images -> logits, by modules that hold integers. Raises ValueError for a layer without a grid."""
+    """Images -> logits, by modules that hold integers. Raises ValueError for a layer without a grid, and for numbers
+    that are not finite.
+    """
+    refuse_not_finite(source.network)
     network = inference_copy(source.network)
     for name, layer in quantizable_layers(network).items():
         put(network, name, StoredLayer(layer, name))

@@ -413,7 +413,10 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Values (or another layer's sums) [B, in, ...] -> values [B, out, ...], or sums where nothing rescales."""
-        codes = self.encode(x, relu)
+        return self.output(self.encode(x, relu))
+
+    def output(self, codes: Tensor) -> Tensor:
+        """What `encode` gave [B, in, ...] -> what `forward` gives."""
         total = self.accumulate(codes)
         if self.rescale is None:
             return total

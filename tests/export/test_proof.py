@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor
 from common.export import proof
 from common.export.formats import FORMATS, Source
 from common.export.integer_network import integer_network
-from common.export.packed import read_packed
+from common.export.onnx_formats import compare_whole
+from common.export.packed import packed_bytes_of, read_packed
 from common.nets import Architecture
 from common.quant import QuantConv2d
 from common.quant.integer import IntegerLayer
@@ -98,3 +100,65 @@ def test_images_are_counted_once_whatever_the_batches(source: Source, monkeypatc
     assert (parts.images, parts.codes, parts.correct) == (whole.images, whole.codes, whole.correct)
     few = proof.compare(source.network, packed, [(x[:7], y[:7]), (x[7:], y[7:])], images=9)
     assert few.images == 9 and few.codes == whole.codes * 9 // 11
+
+
+def with_other_constants(source: Source, path: Path, change: Callable[[IntegerLayer], None]) -> Path:
+    """A whole packed file, digests and all, of a network whose layers were changed."""
+    network = integer_network(source.network)
+    for module in network.modules():
+        if isinstance(module, IntegerLayer):
+            change(module)
+    path.write_bytes(packed_bytes_of(network, proof.describe(source)))
+    return path
+
+
+def test_wrong_constants_on_disk_are_refused(source: Source, tmp_path: Path) -> None:
+    def larger(layer: IntegerLayer) -> None:
+        layer.rescale = layer.rescale * 1.7
+
+    def shifted(layer: IntegerLayer) -> None:
+        layer.shift = None if layer.shift is None else layer.shift * 1.00001
+
+    for change in (larger, shifted):
+        path = with_other_constants(source, tmp_path / "packed.safetensors", change)
+        with pytest.raises(ValueError, match=r"packed.safetensors: its scales are not the network's"):
+            proof.check_packed(source, path)
+    path = with_other_constants(source, path, larger)
+    with pytest.raises(ValueError, match=r"packed.safetensors: cells.*gives outputs 0.* of their largest away"):
+        proof.layer_figures(source, read_packed(path).network, str(path))
+
+
+def test_wrong_numbers_in_full_precision_are_refused(source: Source, tmp_path: Path) -> None:
+    path = tmp_path / "packed.safetensors"
+    proof.write_packed(source, path)
+    other = copy.deepcopy(source.network)
+    with torch.no_grad():
+        other.classifier.bias[0] += 1e-3
+    with pytest.raises(ValueError, match=r"packed.safetensors: its (floats|scales) are not the network's"):
+        proof.check_packed(Source(**{**vars(source), "network": other}), path)
+
+
+@pytest.mark.parametrize("name", ["packed", "onnx", "torch"])
+def test_what_is_not_finite_is_refused_before_it_is_written(name: str, source: Source, tmp_path: Path) -> None:
+    for value, where in ((float("nan"), "classifier.weight"), (float("inf"), "cells.0.preprocess0.bn.running_mean")):
+        other = copy.deepcopy(source.network)
+        other.state_dict()[where].view(-1)[0] = value
+        with pytest.raises(ValueError, match=f"{where}: holds numbers that are not finite"):
+            FORMATS[name].write(Source(**{**vars(source), "network": other}), tmp_path / FORMATS[name].file)
+    assert not list(tmp_path.iterdir())
+
+
+def test_logits_that_are_no_numbers_are_never_equal(source: Source) -> None:
+    class NoNumbers:
+        path = Path("network.onnx")
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return source.network(images)[0] * float("nan")
+
+    with pytest.raises(ValueError, match=r"network.onnx: logits are not finite"):
+        compare_whole(source, source.network, NoNumbers())
+    packed = integer_network(source.network)
+    packed.register_forward_hook(lambda module, inputs, output: (output[0] * float("nan"), None))
+    assert proof.compare(source.network, packed, source.test()).largest_logit_difference == float("inf")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        proof.whole_figures(source, packed)
