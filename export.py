@@ -86,6 +86,10 @@ def text(manifest: dict[str, Any]) -> str:
             shown = figures.items() if isinstance(figures, dict) else [("", figures)]
             rows = [f"{key} {_short(value)}".strip() for key, value in shown if not isinstance(value, (dict, list))]
             lines.append(f"  {part}: {', '.join(rows)}")
+            if isinstance(figures, dict) and figures.get("within") is False:
+                lines.append(
+                    f"  larger than the {figures['allowed']:,} bytes that the cost model's count allows for it"
+                )
     lines += [f"{name:<12}not written: {reason}" for name, reason in manifest["refused"].items()]
     return "\n".join(lines)
 

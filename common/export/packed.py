@@ -58,6 +58,14 @@ _QUANTIZATION = (
     *("stem_bits", "classifier_bits"),
 )
 """What a builder takes that the file's own tables say of every layer."""
+BUILD: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("in_channels", "num_classes", "init_channels", "out_filters", "layers", "image_size"), (int,)),
+    **dict.fromkeys(("auxiliary", "compat"), (bool,)),
+    "stem": (str,),
+    "dropout": (float,),
+    "layer_bits": (list, type(None)),
+}
+"""The other arguments of the builders, and of what type they are. Lists are of texts."""
 _BY_LAYER = "by layer"
 _FILE_LIMIT = 2**34
 _LARGEST_IMAGE = 4096  # pixels of a side
@@ -216,9 +224,14 @@ def from_bytes(data: bytes, where: str) -> Packed:
         if header["network"]["architecture"]["bits"] == _BY_LAYER:
             policy = _bits_by_layer(network, tensors["layers"])
             description = replace(description, architecture=replace(description.architecture, bits=policy))
-    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+    except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(where) else f"{where}: {message}") from error
+    except (TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{where}: its description and tensors give no network (in building it: {reason[:200]}); export it again"
+        ) from error
     return Packed(network.eval().requires_grad_(False), description)
 
 
@@ -273,21 +286,40 @@ def _skeleton(description: Description, tensors: dict[str, Tensor], where: str) 
     needed = {"codes", "scales", "offsets", "layers", "floats"}
     if not needed <= tensors.keys():
         raise ValueError(f"{where}: lacks {', '.join(sorted(needed - tensors.keys()))}")
-    build = {key: value for key, value in description.build.items() if key not in _QUANTIZATION}
-    if "auxiliary" in build:
-        build["auxiliary"] = False
-    size = description.data.get("image_size")
-    numbers = 8 * tensors["codes"].numel() + tensors["floats"].numel() + tensors["layers"].shape[0]
-    largest = max(numbers, size if type(size) is int and 0 < size <= _LARGEST_IMAGE else 0)
-    for name, value in build.items():
-        if type(value) is int and not 0 <= value <= largest:
-            raise ValueError(f"{where}: gives {name} the value {value}, which its tensors deny")
+    build = _checked_build(description, tensors, where)
     architecture = replace(description.architecture, bits=None)
+    held = 8 * tensors["codes"].numel() + tensors["floats"].numel()
     with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):  # no memory is taken for what the file may only claim to be
+            weights = sum(layer.weight.numel() for layer in layers_of(network_of(architecture, **build)).values())
+        if weights > held:
+            raise ValueError(f"{where}: its architecture has {weights:,} weights, and it holds no more than {held:,}")
         network = network_of(architecture, **build)
     if description.folded:
         fold_normalization(network)
     return network.to(tensors["floats"].dtype)
+
+
+def _checked_build(description: Description, tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
+    """The arguments of the network's builder; every one of its kind, and no number beyond what the tensors show."""
+    build = {key: value for key, value in description.build.items() if key not in _QUANTIZATION}
+    size, rows = description.data.get("image_size"), tensors["layers"].shape[0] if tensors["layers"].dim() else 0
+    numbers = 8 * tensors["codes"].numel() + tensors["floats"].numel() + rows
+    largest = max(numbers, size if type(size) is int and 0 < size <= _LARGEST_IMAGE else 0)
+    for name, value in build.items():
+        if name not in BUILD:
+            raise ValueError(
+                f"{where}: gives its network {name[:60]!r}, which this version does not know; use the version that "
+                "wrote it"
+            )
+        fits = type(value) in BUILD[name]
+        if isinstance(value, list):
+            fits = fits and all(type(entry) is str for entry in value)
+        if not fits:
+            raise ValueError(f"{where}: gives {name} a value of another kind ({str(value)[:60]!r}); export it again")
+        if type(value) is int and not 1 <= value <= (rows if name == "layers" else largest):
+            raise ValueError(f"{where}: gives {name} the value {value}, which its tensors deny")
+    return build | ({"auxiliary": False} if "auxiliary" in build else {})
 
 
 @dataclass

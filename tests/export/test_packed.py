@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import struct
 import subprocess
@@ -24,9 +25,9 @@ from common.export.formats import Source
 from common.export.integer_network import integer_network
 from common.export.packed import from_bytes, packed_bytes_of, read_packed
 from common.export.proof import compare, describe, exact_figures, layer_figures
-from common.nets import OPERATIONS, Architecture, BitPolicy
+from common.nets import OPERATIONS, Architecture, BitPolicy, build_network
 from common.nets.enas_layers import LAYER_TYPES
-from common.nets.enas_space import SPACE, random_cells
+from common.nets.enas_space import SPACE, build_micro_network, random_cells
 from common.nets.operations import ConvFactory, NormFactory
 from common.nets.sampling import random_bits, random_genotype
 from common.quant import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
@@ -294,8 +295,17 @@ def set_row(row: int, column: str, value: int) -> Callable[[dict[str, Any], dict
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
     "another architecture": (lambda h, t: h["network"].update(architecture=genotype_of("PC_DARTS")), "layers"),
-    "more channels": (lambda h, t: h["network"]["build"].update(init_channels=8), "begin elsewhere"),
+    "more channels": (lambda h, t: h["network"]["build"].update(init_channels=8), "its architecture has .* weights"),
     "a network without end": (lambda h, t: h["network"]["build"].update(layers=10**9), "its tensors deny"),
+    "channels of no number": (
+        lambda h, t: h["network"]["build"].update(init_channels="9"),
+        "gives init_channels a value",
+    ),
+    "channels of a fraction": (lambda h, t: h["network"]["build"].update(init_channels=4.0), "gives init_channels a"),
+    "channels of a truth": (lambda h, t: h["network"]["build"].update(init_channels=True), "gives init_channels a"),
+    "a list of channels": (lambda h, t: h["network"]["build"].update(init_channels=[4]), "gives init_channels a"),
+    "no layers": (lambda h, t: h["network"]["build"].update(layers=0), "gives layers the value 0"),
+    "more cells than layers": (lambda h, t: h["network"]["build"].update(layers=1500), "gives layers the value 1500"),
     "unknown arguments": (lambda h, t: h["network"]["build"].update(colour=3), "colour"),
     "bits of no kind": (lambda h, t: h["network"]["architecture"].update(bits="by hand"), "bits"),
     "a later schema": (lambda h, t: h.update(schema=2), "schema 2"),
@@ -327,6 +337,32 @@ def test_files_that_do_not_fit_are_refused(name: str, good: tuple[Source, Path],
     path.write_bytes(rewritten(good[1].read_bytes(), change))
     with pytest.raises(ValueError, match=f"{path}: .*({message})"):
         read_packed(path)
+
+
+def test_a_small_file_takes_no_memory_for_a_large_network(
+    good: tuple[Source, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, build, built = tmp_path / "large.safetensors", packed.network_of, []
+
+    def noted(*arguments: Any, **keywords: Any) -> nn.Module:
+        network = build(*arguments, **keywords)
+        built.append({parameter.device.type for parameter in network.parameters()})
+        return network
+
+    monkeypatch.setattr(packed, "network_of", noted)
+    path.write_bytes(rewritten(good[1].read_bytes(), lambda h, t: h["network"]["build"].update(init_channels=1500)))
+    with pytest.raises(ValueError, match=f"{path}: its architecture has [0-9,]+ weights, and it holds no more than"):
+        read_packed(path)
+    assert built == [{"meta"}]
+    read_packed(good[1])
+    assert built[1:] == [{"meta"}, {"cpu"}]
+
+
+def test_every_argument_of_a_builder_is_known_to_the_reader() -> None:
+    taken: set[str] = set()
+    for builder in (build_network, build_micro_network):
+        taken |= {p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert taken == packed.BUILD.keys() | set(packed._QUANTIZATION)
 
 
 def test_the_changes_are_what_is_refused(good: tuple[Source, Path]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import export
 from common.export import proof
 from common.export.formats import FORMATS, Source
 from common.export.integer_network import integer_network
@@ -162,3 +163,16 @@ def test_logits_that_are_no_numbers_are_never_equal(source: Source) -> None:
     assert proof.compare(source.network, packed, source.test()).largest_logit_difference == float("inf")
     with pytest.raises(ValueError, match="logits are not finite"):
         proof.whole_figures(source, packed)
+
+
+def test_a_file_beyond_its_allowance_is_said_to_be_so(source: Source, tmp_path: Path) -> None:
+    path = tmp_path / "packed.safetensors"
+    proof.write_packed(Source(**{**vars(source), "data": {**source.data, "note": "x" * 200_000}}), path)
+    size = proof.size_figures(source, path)
+    assert not size["within"] and size["bytes"] > size["allowed"]
+    entry = {"file": path.name, "bytes": size["bytes"], "figures": {"size": size}}
+    said = export.text({"files": {"packed": entry}, "refused": {}})
+    assert f"larger than the {size['allowed']:,} bytes that the cost model's count allows" in said
+    proof.write_packed(source, path)
+    entry["figures"] = {"size": proof.size_figures(source, path)}
+    assert "larger than" not in export.text({"files": {"packed": entry}, "refused": {}})
