@@ -216,6 +216,16 @@ def test_search_has_a_row_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row["reached"] for row in cells(out)] == ["no", "-"]
 
 
+def test_a_target_stands_in_the_unit_of_its_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = search_result(target_bitops=None, target_reached=True)
+    folders = [
+        write_run(tmp_path / name, other, config={"cost": name, "target": target})
+        for name, target in (("latency", 4.5), ("memory", 9000), ("macs", None), ("bitops", None))
+    ]
+    found = {row["run"]: row["target"] for row in cells(run(capsys, *folders)[1])}
+    assert found == {"latency": "4.5 ms", "memory": "9000 bytes", "macs": "-", "bitops": "-"}
+
+
 def test_flags_changed_on_the_way_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = uniform(tmp_path / "run", 343)
     config = json.loads((folder / "config.json").read_text())

@@ -226,7 +226,7 @@ def _search_table(rows: Sequence[Row]) -> Table:
                 f"BitOps {unit}": _number(row.mean("exact_bitops"), ops),
                 "quant.": _number(row.mean("exact_bitops_quantized"), ops),
                 "expected": _number(row.mean("expected_bitops"), ops),
-                "target": _number(row.mean("target_bitops"), ops),
+                "target": _other_target(row) or _number(row.mean("target_bitops"), ops),
                 "reached": "-" if reached is None else "yes" if reached else "no",
                 "free ops": "-" if share is None else f"{100 * share:.0f}%",
                 "search s": _search_times(row),
@@ -242,6 +242,17 @@ def _search_table(rows: Sequence[Row]) -> Table:
     dropped = {"size": not any(columns["size"]), "device": _one_device(finished)}
     columns = {name: column for name, column in columns.items() if not dropped.get(name)}
     return Table(*_heading(rows, finished, ""), columns, _unfinished_notes(rows) + _changed_notes(rows) + notes)
+
+
+def _other_target(row: Row) -> str:
+    """The target of searches that another cost than BitOps steered, in its unit; empty where there is none."""
+    asked = [(record.settings.get("cost", "bitops"), record.settings.get("target")) for record in row.records]
+    cost, target = asked[0]
+    if any(one != asked[0] for one in asked) or cost == "bitops" or not isinstance(target, int | float):
+        return ""
+    from common.cost.measures import UNITS  # brings torch
+
+    return f"{target:.4g} {UNITS[cost]}" if cost in list(UNITS) else ""
 
 
 def _heading(rows: Sequence[Row], finished: Sequence[Row], counted: str) -> tuple[str, str]:
