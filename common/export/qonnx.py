@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "qonnx.custom_op.general"
 CHECKED_IMAGES = 32
-"""A file is checked on so many test images: qonnx's executor starts a session for every node."""
+"""A file is checked on so many test images: qonnx's executor walks the graph anew for every node of every batch."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the graph
