@@ -240,8 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings = [finding for check in CHECKS for finding in check(arguments.data)]
     works = all(finding.status != "missing" for finding in findings)
     if arguments.json:
-        rows = [asdict(finding) for finding in findings]
-        print(json.dumps({"schema": 1, "core_works": works, "findings": rows}, indent=2))
+        print(json.dumps({"schema": 1, "core_works": works, "findings": [asdict(one) for one in findings]}, indent=2))
     else:
         print_report(findings)
     return 0 if works else 1
