@@ -120,6 +120,8 @@ def _aside(text: str) -> None:
 def compares(config: Config) -> bool:
     """Whether the flags ask for the table of backends. Raises ValueError for flags that mean nothing there, or here."""
     target = config.run
+    if target is not None and not target.exists():
+        raise ValueError(f"TARGET {target}: is not there; give a run, an exported file, or the folder of an export")
     exported = target is not None and (target.is_file() or (target.is_dir() and not (target / "config.json").exists()))
     if config.backends is None and not exported:
         for flag in ("images", "seconds", "clock"):

@@ -266,6 +266,27 @@ def test_flags_that_mean_nothing_are_refused(
 
 def test_an_empty_folder_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate([str(tmp_path), "--dataset", "digits"]) == 2
-    assert "holds nothing to measure" in capsys.readouterr().err
-    assert evaluate([str(tmp_path / "no"), "--backends", "--dataset", "digits"]) == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "holds neither a run nor an exported file" in capsys.readouterr().err
+    for flags in (["--backends", "--dataset", "digits"], ["--images", "3"]):
+        assert evaluate([str(tmp_path / "no"), *flags]) == 2
+        assert "is not there" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_run_is_an_error_before_anything_is_timed(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(exported, tmp_path / "export")
+    (folder / "export.json").unlink()
+    path = folder / "packed.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    monkeypatch.setattr(backends, "measure_in_process", lambda task: pytest.fail("it was timed"))
+    assert evaluate([str(path), "--dataset", "digits"]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_format_that_is_too_slow_for_the_table_is_said(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "export")
+    (folder / "network-qonnx.onnx").write_bytes(b"")
+    plan = backends.plan_of_folder(folder, ["packed"], data=DIGITS)
+    assert [task.backend for task in plan.tasks] == ["packed"]
+    assert "name network-qonnx.onnx itself" in plan.left_out["qonnx"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_a_run_is_exported_and_proved(run: Path, tmp_path: Path, capsys: pytest.
     assert "packed.safetensors" in capsys.readouterr().out
     manifest = record(tmp_path / "out")
     assert (manifest["method"], manifest["run"], manifest["refused"]) == ("qsubnet", str(run), {})
+    info = load("digits").info
+    assert manifest["finished"] and manifest["images"]["mean"] == list(info.mean)
+    assert manifest["images"]["std"] == list(info.std) and manifest["images"]["image_size"] == info.image_size
+
+
+def test_an_unfinished_training_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "result.json").unlink()
+    flags = ["--format", "packed", "--out", str(tmp_path / "out"), "--images", "5", *SMALL]
+    assert export.main([str(copy), *flags]) == 0
+    assert "its training is not finished" in capsys.readouterr().out
+    assert record(tmp_path / "out")["finished"] is False
 
 
 def test_into_the_runs_own_folder_and_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

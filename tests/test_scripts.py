@@ -328,7 +328,7 @@ def test_quickstart_stops_at_the_first_failure(tree: Tree) -> None:
         "export",
         otherwise=QUICKSTART_STAND_IN.replace(
             "report.py*)", 'qdarts/search.py*) echo "$*" >>commands; exit 3 ;;\n    report.py*)'
-        )
+        ),
     )
     for script in ("qdarts/search.py", "qdarts/train.py"):
         write_program(tree.folder / script, "")

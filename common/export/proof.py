@@ -73,7 +73,7 @@ def check_packed(source: Source, path: Path) -> Figures:
     source.say(f"packed: all {found['codes']:,} codes of {found['images']:,} images are equal in float64")
     figures["layers"] = found = layer_figures(source, packed, str(path))
     source.say(f"packed: {found['sums']:,} sums of {found['layers']} layers are equal in float32, on the same codes")
-    source.say("packed: from image to logits in float32, on every test image")
+    source.say("packed: from image to logits in float32")
     figures["float32"] = whole_figures(source, packed)
     return figures
 

@@ -276,6 +276,9 @@ def plan_of_folder(folder: Path, names: Sequence[str], **same: Any) -> Plan:
     tasks = [Task(name, str(path), **same) for name, path in files.items()]
     refused = manifest_of(folder).get("refused", {})
     left_out = {name: str(reason) for name, reason in refused.items() if name in names}
+    for name, form in FORMATS.items():
+        if name not in FILES and (folder / form.file).is_file():
+            left_out[name] = f"takes seconds a batch; name {form.file} itself to measure it"
     return Plan(tasks, left_out)
 
 
@@ -361,6 +364,12 @@ def as_text(found: Mapping[str, Any]) -> str:
         "medians (95th percentile); images/s of batch 64; speed is against full precision in the same runtime (above "
         "1: faster); peak MB is what the process took beyond torch and the images.",
     ]
+    top1 = {row["backend"]: row["top1"] for row in found["rows"]}
+    if FP32 in top1 and FAKE in top1 and top1[FP32] != top1[FAKE]:
+        lines.append(
+            "fp32 and onnx-fp32 are this network's weights without its quantisers, for speed and size: they were not "
+            "trained in full precision, and their top-1 says nothing of one that was."
+        )
     lines += [f"{row['backend']}: {row['arithmetic']}" for row in found["rows"]]
     lines += [f"{name}: left out: {reason}" for name, reason in found["left_out"].items()]
     return "\n".join(lines)

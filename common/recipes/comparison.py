@@ -11,6 +11,7 @@ from typing import Any
 
 from common.engine.cli import Config
 from common.export.formats import FORMATS
+from common.export.runtimes import load_runner
 from common.recipes.backends import (
     FAKE,
     FILES,
@@ -65,6 +66,7 @@ def compare_target(config: Config, names: Sequence[str]) -> dict[str, Any]:
         load_search_space(config.search_space)
     if target.is_file():
         check_unchanged(target)
+        load_runner(target)  # what cannot run is said before anything is timed
     run = _run_of(target)
     same = _same(config, run, target)
     with tempfile.TemporaryDirectory(prefix="qdarts-backends-") as scratch:
@@ -92,6 +94,8 @@ def _run_of(target: Path) -> Path | None:
         raise ValueError(f"TARGET {target}: is not there; give a run, an exported file, or the folder of an export")
     if (target / "config.json").is_file():
         return target
+    if target.is_dir() and not any((target / form.file).is_file() for form in FORMATS.values()):
+        raise ValueError(f"TARGET {target}: holds neither a run nor an exported file; give a folder that does")
     folder = target if target.is_dir() else target.parent
     known = manifest_of(folder).get("run")
     for run in (folder.parent, Path(known) if isinstance(known, str) else folder):
@@ -129,8 +133,6 @@ def _same(config: Config, run: Path | None, target: Path) -> dict[str, Any]:
 
 def _name_of(path: Path) -> str:
     """The format of an exported file."""
-    from common.export.runtimes import load_runner
-
     known = [name for name, form in FORMATS.items() if form.file == path.name]
     return known[0] if known else load_runner(path).name
 

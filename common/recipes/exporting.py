@@ -93,8 +93,13 @@ def export_run(
     wanted = list(FORMATS) if "all" in formats else list(dict.fromkeys(formats))
     source, info = source_of(run, say=say, **where)
     folder = Path(out) if out is not None else Path(run) / "export"
-    manifest = _manifest(folder, run, info)
-    folder.mkdir(parents=True, exist_ok=True)
+    manifest = _manifest(folder, run, info, source)
+    if not manifest["finished"]:
+        say(f"RUN {run}: its training is not finished; exported as it stands after epoch {info['epoch']}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: {error.strerror}; give another folder") from error
     _sweep(folder)
     refused = {}
     for name in wanted:
@@ -117,12 +122,14 @@ def export_run(
     return read_json(folder / MANIFEST)
 
 
-def _manifest(folder: Path, run: Path, info: dict[str, Any]) -> dict[str, Any]:
+def _manifest(folder: Path, run: Path, info: dict[str, Any], source: Source) -> dict[str, Any]:
     """What is known of the folder, or a new manifest. Raises ValueError where another network's files lie there."""
     new = {
         "schema": MANIFEST_SCHEMA,
         "run": str(run),
         **{key: info[key] for key in ("method", "dataset", "seed", "epoch", "checkpoint", "state_digest")},
+        "finished": (Path(run) / "result.json").is_file(),
+        "images": source.data,  # what every format takes: so many pixels, less this mean, divided by this deviation
         "environment": describe("cpu"),
         "files": {},
         "refused": {},
