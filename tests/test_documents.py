@@ -84,6 +84,8 @@ def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     few = ["--preset", "smoke", "--epochs", "1", "--no-tensorboard"]
     python(root, root / "qdarts/search.py", *few, "--save", "joint", cwd=place)
     python(root, root / "darts/train.py", *few, "--arch", "PC_DARTS", "--save", "trained", cwd=place)
+    low = ["--arch", "PC_DARTS", "--wbits", "2", "--abits", "4"]
+    python(root, root / "fbqat/train.py", *few, *low, "--save", "low", cwd=place)
     python(root, root / "qsubnet/search.py", *few, "--arch", "PC_DARTS", "--save", "bits", cwd=place)
     python(root, root / "enas/search.py", *few, "--save", "micro", cwd=place)
     make_folder(place / "photographs")
@@ -91,7 +93,7 @@ def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         (place / name).write_bytes(b"")
     for name, content in files_written_in_documents().items():
         (place / name).write_text(content, encoding="utf-8")
-    return {name: place / name for name in ("joint", "trained", "bits", "micro")} | {"place": place}
+    return {name: place / name for name in ("joint", "trained", "low", "bits", "micro")} | {"place": place}
 
 
 def is_imagenet(words: list[str]) -> bool:
@@ -134,7 +136,8 @@ def filled(words: list[str], runs: dict[str, Path]) -> list[str]:
         elif word == "RUN" or re.fullmatch(r"runs/[\w-]+/RUN", word):
             bits = "qsubnet-search" in word or program == "qsubnet/train.py"
             searched = "bits" if bits else "micro" if program.startswith("enas/") else "joint"
-            word = str(runs["trained" if needs_training or "-train/" in word else searched])
+            trained = "low" if program == "export.py" else "trained"  # integers are of few bits
+            word = str(runs[trained if needs_training or "-train/" in word else searched])
         elif word in ("gamma_checkpoint.t7", "train.ffcv", "val.ffcv") or word in files_written_in_documents():
             word = str(runs["place"] / word)
         if word != "...":  # "and so on"
