@@ -90,8 +90,6 @@ def compare_target(config: Config, names: Sequence[str]) -> dict[str, Any]:
 
 def _run_of(target: Path) -> Path | None:
     """The run itself, or that which an export's record names and which is still there."""
-    if not target.exists():
-        raise ValueError(f"TARGET {target}: is not there; give a run, an exported file, or the folder of an export")
     if (target / "config.json").is_file():
         return target
     if target.is_dir() and not any((target / form.file).is_file() for form in FORMATS.values()):

@@ -171,7 +171,10 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_evaluate_refuses_by_name(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([str(tmp_path / "none")]) == 2
-    assert "no run lies there" in capsys.readouterr().err
+    assert f"TARGET {tmp_path / 'none'}: is not there; give a run" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main([str(tmp_path / "empty")]) == 2
+    assert "holds neither a run nor an exported file" in capsys.readouterr().err
     assert evaluate.main([str(trained), "--split", "val"]) == 2
     assert "--split val" in capsys.readouterr().err
     assert evaluate.main([str(trained), "--checkpoint", str(tmp_path)]) == 2
