@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,20 @@ def traced_of(source: Source) -> Traced:
     return _traced[source.network]
 
 
+def serialized(source: Source, written: Written) -> bytes:
+    """The file's bytes; its metadata say, as JSON under `images`, what it expects of its images."""
+    written.model.metadata_props.add(key="images", value=json.dumps(source.data))
+    return written.model.SerializeToString()
+
+
 def write_onnx(source: Source, path: Path) -> None:
     """Write the `onnx` file. Raises ValueError for what it cannot hold."""
-    write_bytes(path, write_exact(traced_of(source)).model.SerializeToString())
+    write_bytes(path, serialized(source, write_exact(traced_of(source))))
 
 
 def write_onnx_fp32(source: Source, path: Path) -> None:
     """Write the network without its quantisers."""
-    write_bytes(path, write_float(traced_of(source)).model.SerializeToString())
+    write_bytes(path, serialized(source, write_float(traced_of(source))))
 
 
 def check_onnx(source: Source, path: Path) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def check_onnx(source: Source, path: Path) -> dict[str, Any]:
     network.
     """
     written = write_exact(traced_of(source))
-    plain = len(write_float(traced_of(source)).model.SerializeToString())
+    plain = len(serialized(source, write_float(traced_of(source))))
     figures = check_file(source, path, written, source.network)
     return figures | {"bytes_of_fp32_file": plain, "of_fp32_file": figures["bytes"] / plain}
 

@@ -27,7 +27,7 @@ import torch
 from common.engine.files import write_bytes
 from common.export.formats import Source
 from common.export.onnx_check import cut
-from common.export.onnx_formats import checked, compare_whole, traced_of
+from common.export.onnx_formats import checked, compare_whole, serialized, traced_of
 from common.export.onnx_graph import (
     Builder,
     Lowering,
@@ -370,7 +370,7 @@ def write_int8(source: Source, path: Path) -> None:
         why = "; ".join(sorted(set(reasons))) or "it has no layers"
         raise ValueError(f"no layer of this network can run on 8-bit integer kernels ({why}); take --format onnx")
     built = build_int8(traced, source.training(CALIBRATION_IMAGES))
-    write_bytes(path, built.written.model.SerializeToString())
+    write_bytes(path, serialized(source, built.written))
 
 
 def check_int8(source: Source, path: Path) -> dict[str, Any]:

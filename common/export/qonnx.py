@@ -25,7 +25,7 @@ from common.cost import network_cost
 from common.engine.files import write_bytes
 from common.export.formats import Source
 from common.export.onnx_check import cut
-from common.export.onnx_formats import checked, compare_whole, traced_of
+from common.export.onnx_formats import checked, compare_whole, serialized, traced_of
 from common.export.onnx_graph import Builder, Lowering, Written, finish, lower, quantize_exactly
 from common.export.onnx_runtime import OnnxRunner
 from common.export.onnx_trace import IMAGES, Traced, TracedLayer
@@ -156,7 +156,7 @@ def counted(model: ModelProto, image: tuple[int, int, int]) -> dict[str, float]:
 def write_qonnx(source: Source, path: Path) -> None:
     """Write the `qonnx` file."""
     package()
-    write_bytes(path, build_qonnx(traced_of(source)).model.SerializeToString())
+    write_bytes(path, serialized(source, build_qonnx(traced_of(source))))
 
 
 def _first(batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import json
 import subprocess
 import sys
 import zipfile
@@ -114,6 +115,8 @@ def test_no_path_of_this_machine_is_in_a_file(source: Source, tmp_path: Path) ->
 def test_the_check_sees_one_wrong_weight(source: Source, tmp_path: Path) -> None:
     path = tmp_path / "network.onnx"
     FORMATS["onnx"].write(source, path)
+    about = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    assert json.loads(about["images"]) == source.data  # on a device there is nothing else to ask
     figures = FORMATS["onnx"].check(source, path)
     assert figures["layers"]["images"] == figures["whole"]["images"] == 40
     assert figures["layers"]["layer_error"] < 1e-5 and figures["whole"]["top1_agreement"] == 1
