@@ -197,6 +197,7 @@ def test_slurm_job_saves_before_its_time_is_over_and_queues_again(sandbox: Sandb
     assert process.returncode == 0, said + errors
     (log,) = (sandbox.out / ".sweep").glob("*.log")
     assert log.read_text().split("\n")[:-1] == ["began", "went on"]
+    assert fake_slurm.wait_for(slurm, "1000", count=2) == "COMPLETED"  # the sweep may hear of it first
     assert (slurm / "1000.ends").read_text().split()[-1] == "0" and code(sandbox, "a")["attempts"] == 1
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +60,8 @@ def _no_thread_is_left() -> Iterator[None]:
     yield
     for thread in set(threading.enumerate()) - before:
         if not thread.daemon or type(thread).__name__ == "Epoch":
+            while not thread.is_alive() and thread in threading.enumerate():
+                time.sleep(0.01)  # its `start` was called, on a thread that was not run since
             thread.join(60)
             assert not thread.is_alive(), thread
 
