@@ -77,27 +77,81 @@ def _aside(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def text(manifest: dict[str, Any]) -> str:
-    """The record in lines: every file with its size and the figures of its proof."""
+def text(manifest: dict[str, Any], asked: Sequence[str] = ()) -> str:
+    """The record in lines: every file with its size and, of formats that were asked for (none: all), their proofs."""
+    every = not asked or "all" in asked
     lines = []
     for name, entry in manifest["files"].items():
-        lines.append(f"{name:<12}{entry['bytes']:>14,} bytes  {entry['file']}")
-        for part, figures in entry["figures"].items():
-            shown = figures.items() if isinstance(figures, dict) else [("", figures)]
-            rows = [f"{key} {_short(value)}".strip() for key, value in shown if not isinstance(value, (dict, list))]
-            lines.append(f"  {part}: {', '.join(rows)}")
-            if isinstance(figures, dict) and figures.get("within") is False:
-                lines.append(
-                    f"  larger than the {figures['allowed']:,} bytes that the cost model's count allows for it"
-                )
-    lines += [f"{name:<12}not written: {reason}" for name, reason in manifest["refused"].items()]
-    return "\n".join(lines)
+        new = every or name in asked
+        lines.append(f"{name:<12}{entry['bytes']:>14,} bytes  {entry['file']}" + ("" if new else "  (as it was)"))
+        lines += [f"    {line}" for line in (_proof(entry["figures"]) if new else [])]
+    return "\n".join(lines + [f"{name:<12}not written: {reason}" for name, reason in manifest["refused"].items()])
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if type(value) is int else str(value)
+def _proof(figures: dict[str, Any]) -> list[str]:
+    """What the check of one file found; export.json has every figure, and docs/export.md what they mean."""
+    lines = [*_size(figures), *_packed(figures)]
+    if "layers" in figures and "layer_error" in figures["layers"]:
+        layers = figures["layers"]
+        lines.append(
+            f"{layers['layers']} layers on the same codes, {layers['images']:,} images: outputs within "
+            f"{layers['layer_error']:.1e} of the largest"
+            + (f"; {layers['flipped']:,} of {layers['codes']:,} codes differ" if layers["codes"] else "")
+        )
+    if "integer_kernels" in figures:
+        floats = ", ".join(f"{count} {reason}" for reason, count in figures["float_layers"].items())
+        lines.append(f"{figures['integer_kernels']} layers on integer kernels; in floats: {floats or 'none'}")
+    if "counts" in figures:
+        counts = figures["counts"]
+        lines.append(f"qonnx counts {counts['bitops']:,.0f} BitOps and {counts['macs']:,.0f} MACs, as the cost model")
+    if "whole" in figures:
+        whole = figures["whole"]
+        lines.append(_alike(whole["images"], whole["top1_agreement"], whole["top1"], whole["top1_file"]))
+    return lines
+
+
+def _size(figures: dict[str, Any]) -> list[str]:
+    lines = []
+    if "of_fp32_file" in figures:
+        lines.append(f"{figures['of_fp32_file']:.2f} of the network's own ONNX file in full precision")
+    if "size" in figures:
+        size = figures["size"]
+        lines.append(
+            f"{size['of_fp32']:.2f} of the weights in full precision ({size['weight_bytes_fp32']:,.0f} bytes; the cost "
+            f"model counts {size['weight_bytes']:,.0f})"
+        )
+        if not size["within"]:
+            lines.append(f"larger than the {size['allowed']:,} bytes that the cost model's count allows for it")
+    return lines
+
+
+def _packed(figures: dict[str, Any]) -> list[str]:
+    """The three parts of a packed file's proof, those that are there."""
+    lines = []
+    if "float64" in figures:
+        exact = figures["float64"]
+        lines.append(
+            f"float64, {exact['images']:,} images: {exact['flipped']:,} of {exact['codes']:,} codes differ, logits "
+            f"within {exact['largest_logit_difference']:.1e}"
+        )
+    if "sums" in figures.get("layers", {}):
+        layers = figures["layers"]
+        lines.append(
+            f"float32, {layers['layers']} layers on the same codes: {layers['different']:,} of {layers['sums']:,} sums "
+            "differ"
+        )
+    if "float32" in figures:
+        whole = figures["float32"]
+        lines.append(f"float32, from image to logits: {whole['flipped']:,} of {whole['codes']:,} codes differ")
+        lines.append(_alike(whole["images"], whole["top1_agreement"], whole["top1"], whole["top1_packed"]))
+    return lines
+
+
+def _alike(images: int, agreement: float, top1: float, top1_file: float) -> str:
+    return (
+        f"{agreement:.2%} of {images:,} images classified as the network does; top-1 {top1_file:.2%}, the network's "
+        f"{top1:.2%}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         manifest = export(config)
-        print(json.dumps(manifest, indent=2) if config.json else text(manifest))
+        print(json.dumps(manifest, indent=2) if config.json else text(manifest, config.format))
 
     return run_program(work, PROG, config)
 
