@@ -56,6 +56,8 @@ def make_plan(config: Config, command: Sequence[str] | None) -> Plan:
     """The plan that the flags mean. Raises ValueError for flags that do not fit together."""
     if config.plan is not None:
         if config.grid or command is not None:
+            if config.grid and "=" in str(config.plan):
+                raise ValueError(f"{config.plan}: is no plan; for more flags of a grid write --grid {config.plan}, too")
             raise ValueError("PLAN.json: has commands of its own; drop the plan, or --grid and COMMAND")
         return read_plan(config.plan)
     if not command:
@@ -66,7 +68,14 @@ def make_plan(config: Config, command: Sequence[str] | None) -> Plan:
         if not equals or not all(values.split(",")):
             raise ValueError(f"--grid {entry}: is no FLAG=V1,V2; write such as --grid learning-rate=.05,.1")
         grid[name] = values.split(",")
+        if repeated := _repeated(grid[name]):
+            raise ValueError(f"--grid {entry}: names {repeated} twice; give each value once")
     return grid_plan(command, grid, [0])
+
+
+def _repeated(values: Sequence[str]) -> str | None:
+    """The first value that comes again; None where each is there once."""
+    return next((value for place, value in enumerate(values) if value in values[:place]), None)
 
 
 def check_programs(jobs: Sequence[Job]) -> None:
@@ -208,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.out is None:
             name = config.plan.stem if config.plan else "sweep"
             config.out = Path("runs", "-".join(filter(None, (name, config.size or next(iter(plan.sizes), "")))))
+        if repeated := _repeated([str(seed) for seed in config.seeds or ()]):
+            raise ValueError(f"--seeds: {repeated} is given twice; give each seed once")
         values = plan.values(config.size, [pair for pairs in config.set for pair in pairs], config.out)
         jobs = select(plan.jobs(config.seeds or plan.seeds, values), config.only)
         if config.dry_run:

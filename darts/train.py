@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.engine.cli import Config, Parser
-from common.recipes.flags import resolve_training, run_program, training_parser
+from common.recipes.flags import brings_bits, resolve_training, run_program, training_parser
 from darts.presets import PRESETS
 
 PROG = "darts/train.py"
@@ -38,10 +38,22 @@ def recipe_of_architecture(config: Config) -> dict[str, Any]:
     return config.open_among({"drop_path_prob": DROP_PATH["pc-darts"]}) if partial else {}
 
 
+def check_full_precision(config: Config) -> list[str]:
+    """Bits that an architecture brings are another method's; those that are asked for are trained."""
+    if not brings_bits(config):
+        return []
+    return [
+        f"--arch: {config.arch} brings bits, and this trains in full precision; add --wbits 32 --abits 32, or "
+        "train it at its bits by qdarts/train.py"
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; the exit code."""
     given = sys.argv[1:] if argv is None else argv
-    config = resolve_training(make_parser(), given, PRESETS, derive=[recipe_of_architecture])
+    config = resolve_training(
+        make_parser(), given, PRESETS, derive=[recipe_of_architecture], validate=[check_full_precision]
+    )
 
     def work() -> None:
         from common.recipes.train import run_training

@@ -54,7 +54,9 @@ class Observed:
     """What one layer of the full-precision network sees and gives on the calibration images."""
 
     inputs: list[Tensor] = field(default_factory=list)
-    """Values drawn from its input, and the extremes, one tensor a batch."""
+    """Values drawn from its input, one tensor a batch."""
+    extremes: list[Tensor] = field(default_factory=list)
+    """Smallest and largest value of its input, one tensor a batch."""
     means: list[Tensor] = field(default_factory=list)
     """Mean of its output per channel, one tensor a batch."""
 
@@ -233,14 +235,19 @@ def quantize_normalization(network: nn.Module, method: str, bits: int, overflow_
 
 
 def calibrate(network: nn.Module, observed: dict[str, Observed], overflow_rate: float) -> None:
-    """Fix both grids of every quantised layer: on its weight, and on what its namesake saw at its input."""
+    """Fix both grids of every quantised layer: on its weight, and on what its namesake saw at its input.
+
+    The extremes of all batches belong to what was seen, but not to a ranking of what was drawn: there each would stand
+    for thousands of values.
+    """
     for name, layer in _layers(network).items():
-        for quantizer, samples in (
-            (layer.quantize_weight, [layer.weight]),
-            (layer.quantize_activation, observed[name].inputs),
-        ):
-            if isinstance(quantizer, CalibratedQuantizer):
-                quantizer.calibrate(torch.cat(samples), overflow_rate)
+        if isinstance(layer.quantize_weight, CalibratedQuantizer):
+            layer.quantize_weight.calibrate(layer.weight, overflow_rate)
+        quantizer = layer.quantize_activation
+        if isinstance(quantizer, CalibratedQuantizer):
+            seen = observed[name]
+            extremes = [] if quantizer.ranked and overflow_rate else seen.extremes
+            quantizer.calibrate(torch.cat([*seen.inputs, *extremes]), overflow_rate)
 
 
 # -------------------------------------------------------------------------------------------------- the calibration
@@ -273,7 +280,8 @@ def observe(network: nn.Module, batches: Sequence[Tensor], seed: int) -> dict[st
     def note(name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         values, seen = inputs[0].reshape(-1), found.setdefault(name, Observed())
         drawn = torch.randint(len(values), (SAMPLES // len(batches),), generator=generator).to(values.device)
-        seen.inputs.append(torch.cat([values[drawn], torch.stack(values.aminmax())]))
+        seen.inputs.append(values[drawn])
+        seen.extremes.append(torch.stack(values.aminmax()))
         seen.means.append(_channel_means(output))
 
     with _hooked(network, note):

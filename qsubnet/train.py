@@ -10,14 +10,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.recipes.flags import resolve_training, run_program, training_parser
+from common.engine.cli import Config
+from common.recipes.flags import brings_bits, resolve_training, run_program, training_parser
 
 PROG = "qsubnet/train.py"
 
 
+def check_bits(config: Config) -> list[str]:
+    """What is trained has the bits that were found for it."""
+    if brings_bits(config) is not False:
+        return []
+    return [
+        f"--arch: {config.arch} brings no bits; give the folder of a run of qsubnet/search.py, or --wbits B --abits B"
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; the exit code."""
-    config = resolve_training(training_parser(PROG, __doc__), sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    config = resolve_training(training_parser(PROG, __doc__), given, validate=[check_bits])
 
     def work() -> None:
         from common.recipes.train import run_training

@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '4,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         --seeds | --out | --only)
-            [ $# -gt 1 ] || fail "$1 needs a value"
+            case ${2--} in -*) fail "$1 needs a value" ;; esac
             flag=${1#--} value=$2
             shift 2
             # --seeds: all words until the next flag

@@ -24,7 +24,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '4,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         --seed | --out | --size)
-            [ $# -gt 1 ] || fail "$1 needs a value"
+            case ${2--} in -*) fail "$1 needs a value" ;; esac
             case $1 in
                 --seed) seed=$2 ;;
                 --out) case $2 in /*) out=$2 ;; *) out=$PWD/$2 ;; esac ;;

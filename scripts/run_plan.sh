@@ -38,7 +38,7 @@ while [ $# -gt 0 ]; do
         --size | --seeds | --data | --trainfile | --valfile | --imagenet | --jobs | --only | --out | --results | \
             --executor | --cluster | --ranks)
             flag=$1
-            [ $# -gt 1 ] || fail "$flag needs a value"
+            case ${2--} in -*) fail "$flag needs a value" ;; esac
             case $flag in
                 --data | --trainfile | --valfile | --imagenet | --out | --results) value=$(absolute "$2") ;;
                 *) value=$2 ;;

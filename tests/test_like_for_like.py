@@ -99,7 +99,7 @@ def test_every_method_costs_the_same(four_bits: dict[str, Cost]) -> None:
 
 def test_every_method_trains_by_one_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same flags give the same loop, data and augmentation, whichever entry point reads them."""
-    more = {"fbqat": ("--fixed_bit", "4")}
+    more = {"fbqat": ("--fixed_bit", "4"), "qsubnet": ("--fixed_bit", "4")}
     found = {
         name: config_of(entry.main, monkeypatch, "--arch", "PC_DARTS", *more.get(name, ()))
         for name, entry in TRAININGS.items()

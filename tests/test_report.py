@@ -144,6 +144,19 @@ def test_found_architectures_of_several_seeds_share_a_row(tmp_path: Path, capsys
     assert row["n"] == 2 and row["weight_bits"] == pytest.approx(2.4) and row["search_seconds"] == 105
 
 
+def test_a_row_of_full_precision_and_low_bits_has_neithers_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    low = uniform(tmp_path / "low", 300)
+    full = write_run(
+        tmp_path / "full", train_result(340, 1, bits_mean=None), architecture=architecture_json("PC_DARTS_cifar")
+    )
+    (row,) = objects(capsys, low, full, "--group-by", "dataset")
+    assert (row["weight_bits"], row["activation_bits"], row["bits"]) == (17, 17, "17/17")  # means, as its BitOps are
+    (row,) = objects(capsys, full, "--group-by", "dataset")
+    assert (row["weight_bits"], row["bits"]) == (None, "fp32")
+
+
 def test_data_sets_and_sizes_are_never_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = train_result()["network"]
     changes: list[dict[str, Any]] = [

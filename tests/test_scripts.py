@@ -340,7 +340,34 @@ def test_quickstart_stops_at_the_first_failure(tree: Tree) -> None:
     assert (tree.folder / "else where" / "s0").is_dir()
 
 
-@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--seed"], ["--size", "big"], ["--speed", "9"]])
+TABLES = ["table1_cifar10.sh", "table2_imagenet.sh", "table_darts.sh", "table_enas.sh", "ablations.sh"]
+
+
+@pytest.mark.parametrize("script", TABLES)
+def test_a_table_makes_its_environment_and_hands_everything_to_the_sweep(script: str, tree: Tree) -> None:
+    tree.make_venv(otherwise='printf "%s\\n" "$@" >words; echo "$PWD" >place; exit 7')
+    flags = ["--size", "smoke", "--seeds", "0", "3", "--only", "qdarts,ptq", "--jobs", "2", "--out", "some where"]
+    done = tree.run(script, *flags)
+    assert done.returncode == 7, "sweep.py's own exit code"
+    words = (tree.folder / "words").read_text().splitlines()
+    assert words[:2] == ["sweep.py", f"scripts/plans/{Path(script).stem}.json"]
+    given = " ".join(words[2:])
+    for wanted in ("--size smoke", "--seeds 0 3", "--only qdarts ptq", "--jobs 2"):
+        assert wanted in given, given
+    assert words[words.index("--out") + 1] == f"{os.getcwd()}/some where"
+    assert "--dry-run" not in words and (tree.folder / "place").read_text().strip() == str(tree.folder)
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--data", "--out", "--only", "--jobs", "--size"])
+def test_a_flag_without_its_value_swallows_no_other(flag: str, tree: Tree) -> None:
+    done = tree.run("table1_cifar10.sh", flag, "--dry-run")
+    assert done.returncode == 2 and f"{flag} needs a value" in done.stderr
+    assert not tree.venv.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seed", "-1"], ["--seed"], ["--out", "--size"], ["--size", "big"], ["--speed", "9"]]
+)
 def test_quickstart_refuses_bad_arguments(tree: Tree, arguments: list[str]) -> None:
     done = tree.run("quickstart.sh", *arguments)
     assert done.returncode == 2

@@ -294,6 +294,23 @@ def test_a_grid_of_seeds_is_refused_with_the_cure(entry: str, capsys: pytest.Cap
     assert "--grid: seed has a meaning of its own; use --seeds 0 1 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--grid", "lr=.1", "--seeds", "0", "1", "0"], "--seeds: 0 is given twice"),
+        (["--grid", "lr=.1,.2,.1"], "--grid lr=.1,.2,.1: names .1 twice"),
+        (["--grid", "lr=.1", "epochs=3"], "epochs=3: is no plan; for more flags of a grid write --grid epochs=3, too"),
+    ],
+)
+def test_what_is_given_twice_or_to_no_flag_is_refused_by_name(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        sweep.main([*flags, "--dry-run", "--", "python", "qdarts/train.py"])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_an_id_does_not_see_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sweep.main(["--help"])
@@ -595,10 +612,11 @@ def test_one_recipe_for_every_training_of_a_table(
     """Each program resolves its planned command, presets and defaults of its method included; nothing is trained."""
     plan = read_plan(ROOT / "scripts" / "plans" / f"{name}.json")
     jobs = plan.jobs([0], plan.values(size, [f"data={tmp_path}"] if "data" in plan.variables else [], tmp_path))
-    # what a search of partial channels leaves behind: the cells
-    found = Architecture(lookup("PC_DARTS")[1], search={"supernet": "pc-darts"})
+    # what a search of partial channels leaves behind, the cells; and one of bits
+    cells = Architecture(lookup("PC_DARTS")[1], search={"supernet": "pc-darts"})
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
+        found = cells.with_uniform_bits(2, 2) if job.command[1] == "qsubnet/search.py" else cells
         found.save(job.folder / "architecture.json")
     resolved: dict[str, dict[str, Any]] = {}
     for job in jobs:

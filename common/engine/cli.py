@@ -325,11 +325,12 @@ def _is_search(stage: str) -> bool:
 
 
 def derive_search(config: Config) -> dict[str, Any]:
-    """The architecture step's cost weight, where it was not given (design.md 6.3)."""
+    """The architecture step's cost weight (design.md 6.3), and what cells of fewer nodes hand on, where not given."""
+    found = config.open_among({"multiplier": config.nodes}) if config.nodes < config.multiplier else {}
     if config.arch_complexity_decay is not None:
-        return {}
+        return found
     tenth = float(f"{config.complexity_decay / 10:.12g}")
-    return {"arch_complexity_decay": 0.0 if config.cost_weighting == "uniform" else tenth}
+    return found | {"arch_complexity_decay": 0.0 if config.cost_weighting == "uniform" else tenth}
 
 
 def derive_train(config: Config) -> dict[str, Any]:

@@ -46,8 +46,9 @@ _LOG_ZERO = 1e-20  # ln |x| of x = 0
 def equal_steps(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """The nearest of 2^bits levels, the outer two on the bounds; with low = -high: +-s/2, +-3s/2, ..."""
     steps = 2**bits - 1
-    step = ((high - low) / steps).clamp_min(_TINY)
-    return ((x - low) / step + 0.5).floor_().clamp_(0, steps) * step + low
+    span = (high - low).clamp_min(steps * _TINY)
+    # divided by the whole span, whose middle is then exactly half the steps: a tie, which goes up, in any precision
+    return ((x - low) / span * steps + 0.5).floor_().clamp_(0, steps) * (span / steps) + low
 
 
 def affine(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -163,15 +164,19 @@ class CalibratedQuantizer(nn.Module):
         *,
         range_of: Range,
         grid: Grid,
+        ranked: bool = False,
         per_channel: bool = False,
         scheme: str = "default",
         signed: bool = False,
     ) -> None:
-        """`scheme` and `signed` belong to every factory's signature; here the samples decide."""
+        """`ranked`: the bounds are values of a rank that the overflow rate names. `scheme` and `signed` belong to every
+        factory's signature; here the samples decide.
+        """
         super().__init__()
         if bits < 2:
             raise ValueError(f"bits: {bits} leaves a calibrated grid no levels to choose; give at least 2")
         self.bits, self.range_of, self.grid, self.per_channel = bits, range_of, grid, per_channel
+        self.ranked = ranked
         self.register_buffer("low", torch.tensor(float("nan")))
         self.register_buffer("high", torch.tensor(float("nan")))
 
@@ -202,19 +207,19 @@ def _factory(range_of: Range, grid: Grid, **more: Any) -> Callable[..., Calibrat
 
 
 _PER_TENSOR = {
-    "linear": _factory(power_of_two, twos_complement),
+    "linear": _factory(power_of_two, twos_complement, ranked=True),
     "minmax": _factory(extremes, equal_steps),
     "log": _factory(log_extremes, logarithmic),
     "tanh": _factory(unit, hyperbolic),
 }
 ACTIVATION_QUANTIZERS |= {
     "mse": _factory(partial(least_squares, grid=affine, symmetric=False), affine),
-    "percentile": _factory(tails, affine),
+    "percentile": _factory(tails, affine, ranked=True),
     **_PER_TENSOR,
 }
 WEIGHT_QUANTIZERS |= {
     "mse": _factory(partial(least_squares, grid=equal_steps, symmetric=True), equal_steps, per_channel=True),
-    "percentile": _factory(symmetric_tails, equal_steps, per_channel=True),
+    "percentile": _factory(symmetric_tails, equal_steps, ranked=True, per_channel=True),
     **_PER_TENSOR,
 }
 CALIBRATED_METHODS = ("mse", "percentile", *_PER_TENSOR)

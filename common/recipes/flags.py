@@ -268,6 +268,21 @@ def check_architecture(config: Config) -> list[str]:
     return []
 
 
+def brings_bits(config: Config) -> bool | None:
+    """Whether --arch names bits that --wbits and --abits do not replace; None where there is nothing to check.
+
+    That is where bits are given, or where the architecture cannot be read, of which `check_architecture` says why.
+    """
+    from common.nets import load_architecture
+
+    if config.wbits is not None or config.abits is not None or config.weights_path is not None:
+        return None
+    try:
+        return load_architecture(config.arch).bits is not None
+    except (ValueError, OSError):
+        return None
+
+
 def run_program(main: Callable[[], Any], prog: str, config: Config | None = None) -> int:
     """Run an entry point and give its exit code, with one line in place of a traceback for what the user can cure.
 

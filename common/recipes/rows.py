@@ -99,9 +99,9 @@ class Row:
 
     @property
     def bits(self) -> tuple[float, float] | None:
-        """Mean weight and activation bits; None: full precision."""
-        pairs = [record.bits for record in self.records if record.bits is not None]
-        if not pairs:
+        """Mean weight and activation bits, full precision counted as 32; None: full precision in every run."""
+        pairs = [record.bits or (32.0, 32.0) for record in self.records]
+        if all(record.bits is None for record in self.records):
             return None
         return mean_and_deviation([pair[0] for pair in pairs])[0], mean_and_deviation([pair[1] for pair in pairs])[0]
 

@@ -53,6 +53,19 @@ def test_the_authors_recipe(flags: tuple[str, ...], drop_path: float) -> None:
     assert c.wbits is None and load_architecture(c.arch).bits is None
 
 
+def test_bits_of_an_architecture_are_refused_unless_bits_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = load_architecture("PC_DARTS").with_uniform_bits(2, 2).save(tmp_path / "two.json")
+    flags = ["--preset", "smoke", "--device", "cpu", "--arch", str(file), "--dry-run"]
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--arch: {file} brings bits" in said and "add --wbits 32 --abits 32" in said
+    assert main([*flags, "--wbits", "32", "--abits", "32"]) == 0
+    assert "full precision" in capsys.readouterr().out
+
+
 def test_names_and_explicit_flags_win() -> None:
     assert resolved().arch == "DARTS_V2" and resolved("--preset", "paddle").arch == "PADDLE_DARTS_V2"
     assert resolved("--arch=PC_DARTS", "--drop_path_prob", "0.1").drop_path_prob == 0.1

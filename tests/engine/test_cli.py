@@ -40,6 +40,11 @@ def refused(capsys: pytest.CaptureFixture[str], run: Any, *argv: str) -> str:
     return err
 
 
+def test_cells_of_fewer_nodes_hand_on_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [search("--nodes", str(nodes)).multiplier for nodes in (2, 4, 6)] == [2, 4, 4]
+    assert "--multiplier: 2 nodes cannot hand on 3" in refused(capsys, search, "--nodes", "2", "--multiplier", "3")
+
+
 @pytest.mark.parametrize(
     ("argv", "dest", "value"),
     [

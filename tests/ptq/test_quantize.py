@@ -21,6 +21,7 @@ from common.data import DatasetInfo, ImageData, Split, evaluation_batches, hold_
 from common.engine import CheckpointStore, read_json
 from common.nets import OPERATIONS, load_architecture
 from common.quant import CALIBRATED_METHODS, QuantConv2d, QuantLinear
+from common.quant.quantizers import ACTIVATION_QUANTIZERS, make_quantizer
 from common.recipes.trained import load_trained
 from ptq import post_training, quantize, train
 
@@ -236,6 +237,21 @@ def test_bias_correction_restores_every_mean(source: Path) -> None:
     after = errors()
     assert len(after) > 10 and "classifier" in after and max(before.values()) > 0.1
     assert max(after.values()) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["linear", "percentile"])
+def test_an_overflow_rate_ranks_what_was_drawn_and_not_every_batchs_largest_value(method: str) -> None:
+    layer = QuantLinear(40, 3)
+    layer.quantize_activation = make_quantizer(ACTIVATION_QUANTIZERS, method, 8)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(100, 40, generator=generator) for _ in range(10)]
+    for x in batches:
+        x[0, 0] = 1000  # one of 4,000, of which 204 are drawn
+    network = nn.Sequential(layer)
+    # 8 of the 2,040 drawn values may be larger: more than the outliers among them, fewer than the batches
+    for rate, high in ((0.0, 1000 if method == "percentile" else 1024), (0.004, 1)):
+        post_training.calibrate(network, post_training.observe(network, batches, 0), rate)
+        assert layer.quantize_activation.high.item() == pytest.approx(high, rel=0.02)
 
 
 def test_bn_bits_keep_the_normalisations_and_quantise_them(source: Path, tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ class Stop(Exception):
     """Stands for a crash."""
 
 
+def test_a_training_wants_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_main([*SMOKE, "--dry-run"])
+    assert stop.value.code == 2 and "--arch: DARTS_V2 brings no bits" in capsys.readouterr().err
+    assert train_main([*SMOKE, "--wbits", "2", "--abits", "4", "--dry-run"]) == 0
+
+
 def config_of(*flags: str) -> cli.Config:
     parser = make_parser()
     return resolve_bit_search(parser, flags, presets(parser), derive=[derive], validate=[check])

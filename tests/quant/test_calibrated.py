@@ -75,6 +75,23 @@ def test_tanh_by_hand() -> None:
     assert_values(tanh_quantize(x, 2), [inner, inner, -outer, outer, -inner])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_middle_of_two_levels_goes_up_in_any_precision(bits: int, dtype: torch.dtype) -> None:
+    """Zeros above all, which a ReLU leaves many of: the middle of an odd number of steps around it."""
+    steps = 2**bits - 1
+    upper = 1 / steps  # of the two levels around zero, which tanh takes back by artanh
+    assert_values(tanh_quantize(torch.zeros(3, dtype=dtype), bits), [math.atanh(upper)] * 3)
+    for bound in (1.0, 0.37, 3e5):
+        x = torch.tensor([-bound, 0.0, -0.0, bound], dtype=dtype)
+        found = minmax_quantize(x, bits).double().numpy() / x[-1].item()
+        np.testing.assert_allclose(found, [-1, upper, upper, 1], atol=1e-6)  # 8 bits: upper is 4e-3
+    # every middle that is a number of the type: steps of 2 between 0 and twice their number
+    middles = torch.arange(1, 2 * steps, 2, dtype=dtype)
+    found = minmax_quantize(torch.cat([torch.tensor([0, 2 * steps], dtype=dtype), middles]), bits)[2:]
+    assert_values(found, [float(middle + 1) for middle in range(1, 2 * steps, 2)])
+
+
 # ---- mse and percentile
 
 
