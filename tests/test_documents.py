@@ -136,6 +136,8 @@ def filled(words: list[str], runs: dict[str, Path]) -> list[str]:
         elif word == "RUN" or re.fullmatch(r"runs/[\w-]+/RUN", word):
             bits = "qsubnet-search" in word or program == "qsubnet/train.py"
             searched = "bits" if bits else "micro" if program.startswith("enas/") else "joint"
+            if "darts-search/" in word and program == "darts/train.py":
+                searched = "trained"  # its cells, in full precision
             trained = "low" if program == "export.py" else "trained"  # integers are of few bits
             word = str(runs[trained if needs_training or "-train/" in word else searched])
         elif word in ("gamma_checkpoint.t7", "train.ffcv", "val.ffcv") or word in files_written_in_documents():
@@ -177,7 +179,8 @@ def test_documented_flags_parse(
     """--print-config runs the whole of flag handling: presets, files, cross checks."""
     program, *flags = filled(words, runs)
     # a folder that an earlier command of the same block would have made
-    flags = [str(runs["trained"]) if re.fullmatch(r"runs/[\w-]+", f) and flags[i - 1] != "--save" else f
+    made = str(runs["bits" if program == "qsubnet/train.py" else "trained"])
+    flags = [made if re.fullmatch(r"runs/[\w-]+", f) and flags[i - 1] != "--save" else f
              for i, f in enumerate(flags)]  # fmt: skip
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
