@@ -11,14 +11,17 @@ Tensors (L layers: every convolution and linear layer, in the order of the netwo
     other.*                    state of other types, by name (of operations of one's own)
 
 The header holds one entry, `packed`: JSON with format, schema, the network (architecture, arguments of its builder,
-whether normalisations were folded, what its images are) and the sha256 of every tensor and of that description.
+whether normalisations were folded, what its images are) and the sha256 of every tensor and of that description;
+compressed by zlib and written in base 85, since in a small network such a text would be most of what is not weights.
 A file is read strictly: its digests, its sizes and every number of its tables must fit, else it is refused by name.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +73,7 @@ _BY_LAYER = "by layer"
 _FILE_LIMIT = 2**34
 _LARGEST_IMAGE = 4096  # pixels of a side
 _HEADER_LIMIT = 2**24
+_TEXT_LIMIT = 2**22  # of the header's JSON, uncompressed
 _FLOATS = (torch.float32, torch.float64)
 
 
@@ -121,7 +125,27 @@ def packed_bytes_of(network: nn.Module, description: Description) -> bytes:
     text = json.dumps(plain(description.to_json()), separators=(",", ":"), allow_nan=False)
     digests = {name: _digest(tensor) for name, tensor in tensors.items()} | {"network": _sha256(text.encode())}
     header = {"format": FORMAT, "schema": SCHEMA, "network": json.loads(text), "sha256": digests}
-    return save(tensors, {"packed": json.dumps(header, separators=(",", ":"), allow_nan=False)})
+    return save(tensors, {"packed": compressed(header)})
+
+
+def compressed(header: dict[str, Any]) -> str:
+    """The text of the header's entry."""
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+    return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def decompressed(text: str) -> Any:
+    """What `compressed` was given. Raises ValueError for a text that it did not write, or one too long."""
+    unpacker, data = zlib.decompressobj(), base64.b85decode(text)
+    if base64.b85encode(data).decode() != text:  # the last few characters can be written in several ways
+        raise ValueError("its header is damaged")
+    try:
+        found = unpacker.decompress(data, _TEXT_LIMIT)
+    except zlib.error as error:
+        raise ValueError(f"its header is damaged: {error}") from error
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"its header is cut off, or longer than {_TEXT_LIMIT:,} bytes")
+    return parse_json(found)
 
 
 def _safetensors() -> ModuleType:
@@ -250,7 +274,7 @@ def _header(data: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: cut off, or no safetensors file; export it again")
     try:
         metadata = parse_json(data[8 : 8 + size]).get("__metadata__") or {}
-        header = parse_json(metadata["packed"])
+        header = decompressed(metadata["packed"])
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: no packed network, or damaged ({error}); export it again") from error
     if not isinstance(header, dict) or set(header) != {"format", "schema", "network", "sha256"}:

@@ -9,6 +9,7 @@ import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def check_round_trip(source: Source) -> None:
     expected = [8 * row.weight_bytes / row.weight_bits for row in cost.layers]
     stored = sum(-(-int(n) * row.weight_bits // 8) for n, row in zip(expected, cost.layers) if row.weight_bits < 32)
     assert tensors_of(data)["codes"].numel() == stored
-    assert len(data) <= 1.05 * cost.weight_bytes + 100 * len(cost.layers) + 900  # of networks of a dozen layers
+    assert len(data) <= 1.05 * cost.weight_bytes + 100 * len(cost.layers) + 150  # the header, of networks below 20 layers
     # running statistics do not go into the file, and neither do the weights that codes stand for
     low = sum(int(n) for n, row in zip(expected, cost.layers) if row.weight_bits < 32)
     assert tensors_of(data)["floats"].numel() <= cost.parameters - low
@@ -253,6 +254,32 @@ def test_every_flipped_byte_is_refused_by_name(good: tuple[Source, Path], tmp_pa
             read_packed(path)
 
 
+def test_a_header_is_read_only_as_it_was_written(good: tuple[Source, Path]) -> None:
+    header = {"format": "a", "schema": 1, "network": {}, "sha256": {}}
+    text = packed.compressed(header)
+    assert packed.decompressed(text) == header
+    for place in range(len(text)):  # the last ones too, which stand for fewer bits than they could
+        for other in "0aZ~":
+            if other != text[place]:
+                with pytest.raises(ValueError):
+                    packed.decompressed(text[:place] + other + text[place + 1 :])
+    for longer in (text + "0", text + text, text[:-1]):
+        with pytest.raises(ValueError):
+            packed.decompressed(longer)
+
+
+def test_a_small_header_that_unpacks_to_much_is_refused(good: tuple[Source, Path]) -> None:
+    data = rewritten(good[1].read_bytes(), lambda h, t: h.update(format="x" * 50_000_000))
+    assert len(data) < 200_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="longer than 4,194,304 bytes"):
+            from_bytes(data, "file")
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_cut_off_files_and_other_files_are_refused_by_name(good: tuple[Source, Path], tmp_path: Path) -> None:
     data, path = good[1].read_bytes(), tmp_path / "cut.safetensors"
     for length in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
@@ -271,7 +298,7 @@ def test_cut_off_files_and_other_files_are_refused_by_name(good: tuple[Source, P
 def rewritten(data: bytes, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> bytes:
     """The file with another header and other tensors whose digests all fit: made by someone, not damaged."""
     size = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["packed"])
+    header = packed.decompressed(json.loads(data[8 : 8 + size])["__metadata__"]["packed"])
     tensors = {name: tensor.clone() for name, tensor in tensors_of(data).items()}
     change(header, tensors)
     text = json.dumps(header["network"], separators=(",", ":"))
@@ -279,7 +306,7 @@ def rewritten(data: bytes, change: Callable[[dict[str, Any], dict[str, Tensor]],
     header["sha256"]["network"] = packed._sha256(text.encode())
     from safetensors.torch import save
 
-    return save(tensors, {"packed": json.dumps(header, separators=(",", ":"))})
+    return save(tensors, {"packed": packed.compressed(header)})
 
 
 def genotype_of(name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_logits_that_are_no_numbers_are_never_equal(source: Source) -> None:
 
 def test_a_file_beyond_its_allowance_is_said_to_be_so(source: Source, tmp_path: Path) -> None:
     path = tmp_path / "packed.safetensors"
-    proof.write_packed(Source(**{**vars(source), "data": {**source.data, "note": "x" * 200_000}}), path)
+    proof.write_packed(Source(**{**vars(source), "data": {**source.data, "note": os.urandom(100_000).hex()}}), path)
     size = proof.size_figures(source, path)
     assert not size["within"] and size["bytes"] > size["allowed"]
     entry = {"file": path.name, "bytes": size["bytes"], "figures": {"size": size}}
